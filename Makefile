@@ -1,0 +1,48 @@
+# Everything works from a fresh clone; nothing needs activating.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test quick lint format types bench docs clean help
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+
+$(STAMP): requirements.lock setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"fdscale needs Python 3.11, 3.12 or 3.13, and {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python")'
+	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || { echo 'fdscale needs a C++ compiler (DeepSpeed builds one small op at first use): install g++, for example apt-get install g++' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP) ## distil a real teacher on real photographs, on this machine
+	$(BIN)/python -m fdscale.demo
+
+test: $(STAMP) ## everything this machine can run
+	$(BIN)/python -m pytest
+
+quick: $(STAMP) ## the inner loop: tests that take a moment
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(STAMP) ## style and imports
+	$(BIN)/ruff check fdscale tests setup.py
+	$(BIN)/ruff format --check fdscale tests setup.py
+
+types: $(STAMP) ## static types
+	$(BIN)/mypy
+
+format: $(STAMP) ## rewrite into the project's style
+	$(BIN)/ruff format fdscale tests setup.py
+	$(BIN)/ruff check --fix fdscale tests setup.py
+
+bench: $(STAMP) ## measure a training step against timm in a plain loop
+	$(BIN)/python -m fdscale.bench.step
+
+docs: $(STAMP) ## check that links and commands in the documents hold
+	$(BIN)/python -m pytest tests/test_docs.py
+
+clean: ## remove what these targets made
+	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

