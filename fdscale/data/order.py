@@ -1,0 +1,160 @@
+"""Which sample is number n of a run: a pure function of (seed, n).
+
+The samples of an epoch are the shards in random order, one after another. This sequence is cut into C lanes of equal
+length (give or take one), and inside each lane every block of M samples is shuffled. Number n takes the next sample
+of lane (place in the epoch) mod C. So a batch draws from C places of the set at once, while each lane reads its
+shards in sequence.
+
+No rank, world size, worker count or history enters, so a run resumes from one integer, on any number of ranks. Epochs
+follow one another without a gap: a batch may hold the last samples of one and the first of the next.
+
+Randomness is the raw output of Philox, keyed by (seed, epoch), sorted: numpy keeps raw streams the same from version
+to version, which it does not promise of its `permutation`. The second word of the counter keeps the uses apart: 0
+views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py).
+
+Letters: N samples in the set, C lanes, M samples in a block, n sample number, k numbers asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from fdscale import UserError
+from fdscale.data.recent import Recent
+
+BLOCK = 8192  # samples shuffled among each other in a lane: about a shard, so that a lane needs two at a time
+MOST_LANES = 512  # 64 nodes of 8: more lanes only make each rank touch more shards
+FEW_SHARDS = 64  # below it lanes may share a shard: so small a set is at hand as a whole on every node
+TABLE_BYTES = 64 * 2**20  # shuffled blocks kept; one of BLOCK samples takes 16 kB
+
+
+def philox(seed: int, word: int, counter: tuple[int, int, int, int], count: int) -> np.ndarray:
+    """`count` raw words (count,) uint64 of the Philox4x64-10 stream with key (seed, word), from `counter` on."""
+    key = np.array([seed, word], np.uint64)
+    return np.random.Philox(key=key, counter=np.array(counter, np.uint64)).random_raw(count)
+
+
+def permutation(seed: int, word: int, counter: tuple[int, int, int, int], count: int) -> np.ndarray:
+    """A random order (count,) of 0..count-1, in the smallest unsigned type that holds it."""
+    order = np.argsort(philox(seed, word, counter, count), kind="stable")
+    return order.astype(np.min_scalar_type(max(count - 1, 0)))
+
+
+class Order:
+    """The endless order of samples of a set.
+
+    counts: samples in each shard; empty shards are never named. seed: 0..2**63-1. lanes and block: see above.
+    Raises UserError if there is no sample, or fewer samples than lanes.
+    """
+
+    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, block: int = BLOCK) -> None:
+        counts = np.asarray(counts, np.int64)
+        self.samples = int(counts.sum())
+        self.seed, self.lanes, self.block = seed, lanes, block
+        if self.samples == 0:
+            raise UserError(f"no samples to order: all {len(counts)} shards are empty; check which shards were given")
+        check_seed(seed)
+        if not 1 <= lanes <= self.samples:
+            raise UserError(
+                f"{lanes} lanes for {self.samples} samples: expected from 1 to {self.samples}; "
+                "give fewer lanes, or none to have them chosen"
+            )
+        if block < 1:
+            raise UserError(f"block is {block} samples, expected at least 1")
+        self._shards = np.flatnonzero(counts)
+        self._counts = counts[self._shards]
+        self._epochs = Recent(limit=3)
+        self._blocks = Recent(limit=TABLE_BYTES, weigh=_block_bytes)
+
+    def at(self, n: int) -> tuple[int, int, int]:
+        """(epoch, shard, row in the shard) of sample number n >= 0."""
+        epochs, shards, rows = self.locate(np.array([n], np.int64))
+        return int(epochs[0]), int(shards[0]), int(rows[0])
+
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(epochs, shards, rows), each (k,) int64, of the sample numbers (k,) int64."""
+        epochs, places = np.divmod(np.asarray(numbers, np.int64), self.samples)
+        steps, lanes = np.divmod(places, self.lanes)  # n-th sample of which lane
+        blocks, inside = np.divmod(steps, self.block)
+        keys = zip(epochs.tolist(), lanes.tolist(), blocks.tolist(), strict=True)
+        shuffled = [self._blocks.get(key, self._make_block)[i] for key, i in zip(keys, inside.tolist(), strict=True)]
+        start = lanes * (self.samples // self.lanes) + np.minimum(lanes, self.samples % self.lanes)
+        sequence = start + blocks * self.block + np.asarray(shuffled, np.int64)  # place in the sequence of shards
+        shards, rows = np.empty_like(sequence), np.empty_like(sequence)
+        for epoch in np.unique(epochs).tolist():
+            order, ends = self._epochs.get(epoch, self._make_epoch)
+            here = epochs == epoch
+            k = np.searchsorted(ends, sequence[here], side="right")
+            shards[here] = self._shards[order[k]]
+            rows[here] = sequence[here] - (ends[k] - self._counts[order[k]])
+        return epochs, shards, rows
+
+    def table_bytes(self) -> int:
+        """Memory the lookup tables take now, in bytes: at most TABLE_BYTES and three epochs' orders of shards."""
+        epochs = sum(order.nbytes + ends.nbytes for order, ends in self._epochs.values())
+        return self._blocks.weight + epochs + self._shards.nbytes + self._counts.nbytes
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        order = permutation(self.seed, epoch, (0, 1, 0, 0), len(self._shards))
+        return order, np.cumsum(self._counts[order])
+
+    def _make_block(self, key: tuple[int, int, int]) -> np.ndarray:
+        epoch, lane, block = key
+        length = self.samples // self.lanes + (lane < self.samples % self.lanes)
+        count = min(self.block, length - block * self.block)
+        return permutation(self.seed, epoch, (0, 2, lane, block), count)
+
+
+class Sequential:
+    """The samples of a set once, shard by shard: number n is the n-th of them. For evaluation."""
+
+    def __init__(self, counts: Sequence[int] | np.ndarray) -> None:
+        self._counts = np.asarray(counts, np.int64)
+        self._ends = np.cumsum(self._counts)
+        self.samples = int(self._counts.sum())
+
+    def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(epochs, shards, rows), each (k,) int64, of the sample numbers (k,) int64 below `samples`; epochs are 0."""
+        shards = np.searchsorted(self._ends, numbers, side="right")
+        return np.zeros_like(numbers), shards, numbers - (self._ends[shards] - self._counts[shards])
+
+
+def default_lanes(batch_size: int, n_shards: int, samples: int) -> int:
+    """How many lanes suit a set: a pure function of the batch and the set, never of the world size.
+
+    Of the divisors of `batch_size` that are at most `samples`, at most 512, and at most `n_shards` (or 64, if there
+    are fewer shards), the one with the most divisors of its own, which are the usable world sizes; among equals the
+    one with the most factors of two, then the largest.
+    """
+    bound = min(samples, MOST_LANES, max(n_shards, FEW_SHARDS))
+    usable = [d for d in _divisors(batch_size) if d <= bound]
+    if not usable:
+        raise UserError(f"no lanes for a batch of {batch_size} from {samples} samples: both must be at least 1")
+    return max(usable, key=lambda d: (len(_divisors(d)), d & -d, d))
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError unless the seed is one every part of the data path can use."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}, expected a whole number from 0 to 2**63-1")
+
+
+def check_world(lanes: int, world: int) -> None:
+    """Raise UserError, naming the usable world sizes, unless `world` ranks can share `lanes` lanes evenly."""
+    if world < 1 or lanes % world:
+        usable = ", ".join(str(d) for d in _divisors(lanes))
+        raise UserError(
+            f"world size {world} does not divide the {lanes} lanes of the sample order; usable world sizes: {usable}. "
+            f"Run on one of these, or start a new run with a number of lanes that {world} divides"
+        )
+
+
+def _block_bytes(block: np.ndarray) -> int:
+    return block.nbytes + 300  # the objects around a table: they outweigh it when the set is tiny
+
+
+def _divisors(n: int) -> list[int]:
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})

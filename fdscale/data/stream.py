@@ -1,0 +1,240 @@
+"""Batches of a run, from any sample number on, for one rank of any number, by any number of workers.
+
+The global batch of B samples that starts at number n holds the numbers n .. n + B - 1 in its slots s = 0 .. B - 1.
+Rank r of W takes the slots r, r + W, r + 2 W, ..., and cuts them in micro-batches of m, in order. W divides the lanes
+of the order, so in an epoch a rank keeps to its own lanes, and reads its own shards. What a sample looks like depends
+on its number alone (order.py, augment.py): the state of the stream is the number to go on from.
+
+Letters: B samples in a global batch, W ranks, m samples in a micro-batch, S side of an image in pixels.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fdscale import UserError
+from fdscale.data.augment import decode
+from fdscale.data.index import Index
+from fdscale.data.order import Order, Sequential, check_world
+from fdscale.data.parallel import die_with_parent
+
+Batches = Generator[dict[str, Any], None, None]
+Sample = tuple[Tensor, int, str, str]  # image (3, S, S) uint8, number, shard, key
+
+
+class Samples(Dataset):
+    """The samples of a set by number: `samples[n]` is (image (3, S, S) uint8, n, shard name, key).
+
+    index: where the bytes lie. order: which sample a number means. view: called as view(image, number=n) with an RGB
+    PIL image, for instance `partial(train_view, seed=0, size=224)`. Raises UserError naming shard and key if a sample
+    cannot be read.
+    """
+
+    def __init__(self, index: Index, order: Order | Sequential, view: Callable[..., Tensor]) -> None:
+        self.index, self.order, self.view = index, order, view
+
+    def __getitem__(self, number: int) -> Sample:
+        return self.__getitems__([number])[0]
+
+    def __getitems__(self, numbers: list[int]) -> list[Sample]:
+        _, shards, rows = self.order.locate(np.array(numbers, np.int64))
+        places = zip(numbers, shards.tolist(), rows.tolist(), strict=True)
+        return [self._sample(number, shard, row) for number, shard, row in places]
+
+    def _sample(self, number: int, shard: int, row: int) -> Sample:
+        data = self.index.read(shard, row)
+        key = self.index.key(shard, row)
+        try:
+            image = self.view(decode(data), number=number)
+        except UserError as error:
+            raise UserError(
+                f"{self.index.path(shard)}: sample '{key}': {error}. Repair or leave out the sample and index the "
+                "shard anew; fdscale shards verify --decode lists all such samples"
+            ) from None
+        return image, number, self.index.names[shard], key
+
+
+def batches(
+    samples: Samples,
+    *,
+    batch_size: int,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    start: int,
+    stop: int | None = None,
+    workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Batches:
+    """The micro-batches of one rank, global batch after global batch, B / (W m) of them for each.
+
+    batch_size: B, over all ranks. start: number of the first sample of the first global batch. stop: a sample number;
+    the last global batch is the last one that starts below it (None: endless). workers: processes (0: this one).
+    prefetch: micro-batches each worker prepares ahead. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64
+    and origin, m pairs (shard, key). Close the iterator to stop the workers. Raises UserError if the sizes do not
+    divide, or a sample cannot be read.
+    """
+    assert isinstance(samples.order, Order)
+    check_world(samples.order.lanes, world)
+    if micro_batch < 1 or batch_size < 1 or batch_size % (world * micro_batch):
+        share = batch_size // world
+        usable = [str(m) for m in range(1, share + 1) if share % m == 0] if batch_size % world == 0 else []
+        raise UserError(
+            f"a batch of {batch_size} does not divide into micro-batches of {micro_batch} on {world} ranks; "
+            + (f"usable micro-batches: {', '.join(usable)}" if usable else f"expected a batch that {world} divides")
+        )
+    if start < 0:
+        raise UserError(f"start is sample number {start}, expected 0 or more")
+    assert 0 <= rank < world
+    plan = _Slots(batch_size, micro_batch, rank, world, start, stop)
+    return _deliver(samples, plan, workers, prefetch, pin_memory)
+
+
+def evaluation_batches(
+    index: Index,
+    view: Callable[[Image.Image], Tensor],
+    *,
+    micro_batch: int,
+    rank: int,
+    world: int,
+    workers: int,
+    limit: int | None = None,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+) -> Batches:
+    """Every sample of a set once, over all ranks, in the same number of micro-batches on each.
+
+    view: of an RGB PIL image, for instance `partial(eval_view, size=224)`. Numbers count the samples in the order of
+    the index. limit: only the first so many samples (None: all).
+    Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
+    micro-batches.
+    """
+    assert 0 <= rank < world
+    if micro_batch < 1:
+        raise UserError(f"micro-batch is {micro_batch}, expected at least 1")
+    samples = Samples(index, Sequential(index.counts), partial(_without_number, view=view))
+    total = index.samples if limit is None else min(limit, index.samples)
+    share = -(-total // world)  # each rank reads a stretch of its own
+    mine = np.arange(-(-share // micro_batch) * micro_batch) + rank * share
+    weights = (mine < min((rank + 1) * share, total)).astype(np.float32).reshape(-1, micro_batch)
+    plan = np.minimum(mine, total - 1).reshape(-1, micro_batch).tolist()
+    return _weighted(_deliver(samples, plan, workers, prefetch, pin_memory), torch.from_numpy(weights))
+
+
+class _Slots:
+    """The numbers of one rank's micro-batches, in order."""
+
+    def __init__(self, batch_size: int, micro_batch: int, rank: int, world: int, start: int, stop: int | None) -> None:
+        self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
+        self.start, self.stop = start, stop
+
+    def __iter__(self) -> Iterator[list[int]]:
+        n, width = self.start, self.micro_batch * self.world
+        while self.stop is None or n < self.stop:
+            for first in range(n + self.rank, n + self.batch_size, width):
+                yield list(range(first, first + width, self.world))
+            n += self.batch_size
+
+
+class _Guarded(Dataset):
+    """Samples whose errors travel as values: raised in a worker they would reach the user inside a stack trace."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __getitems__(self, numbers: list[int]) -> list[Sample] | UserError:
+        try:
+            return self.samples.__getitems__(numbers)
+        except UserError as error:
+            return error
+
+
+def _deliver(samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool) -> Batches:
+    loader = DataLoader(
+        _Guarded(samples),
+        batch_sampler=plan,
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        worker_init_fn=_begin_worker,
+        generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
+    )
+    iterator = iter(loader)
+    stop = partial(_stop_workers, iterator)
+    atexit.register(stop)  # workers ignore SIGTERM, so multiprocessing would wait for them for ever at exit
+    try:
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        codes = [process.exitcode for process in _processes(iterator)]
+        died = [code for code in codes if code]
+        if not died:
+            raise
+        how = f"was killed by signal {-died[0]}" if died[0] < 0 else f"ended with status {died[0]}"
+        raise UserError(
+            f"a data worker {how}. Signal 9 mostly means that the memory ran out: use fewer workers or a smaller "
+            "prefetch; signal 7, that /dev/shm is too small"
+        ) from error
+    finally:
+        stop()
+        atexit.unregister(stop)
+
+
+def _weighted(stream: Batches, weights: Tensor) -> Batches:
+    try:
+        for batch, weight in zip(stream, weights, strict=True):
+            yield {**batch, "weights": weight}
+    finally:
+        stream.close()
+
+
+def _collate(samples: list[Sample] | UserError) -> dict[str, Any] | UserError:
+    if isinstance(samples, UserError):
+        return samples
+    images, numbers, shards, keys = zip(*samples, strict=True)
+    return {
+        "images": torch.stack(images),
+        "numbers": torch.tensor(numbers, dtype=torch.int64),
+        "origin": list(zip(shards, keys, strict=True)),
+    }
+
+
+def _begin_worker(worker: int) -> None:
+    # A scheduler signals every process of a job; the main process decides what to do, and needs its data until then.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
+    torch.set_num_threads(1)
+
+
+def _processes(iterator: Any) -> list[Any]:
+    return getattr(iterator, "_workers", [])
+
+
+def _stop_workers(iterator: Any) -> None:
+    """End the workers now; the loader itself would only do so when its last reference is gone."""
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
+    for process in _processes(iterator):
+        if process.is_alive():  # busy for longer than the loader waits
+            process.kill()
+            process.join()
+
+
+def _without_number(image: Image.Image, number: int, view: Callable[[Image.Image], Tensor]) -> Tensor:
+    return view(image)

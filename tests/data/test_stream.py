@@ -1,0 +1,326 @@
+"""Batches against the samples their numbers mean, while ranks, workers and batch sizes change under way."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fdscale import UserError
+from fdscale.data.augment import decode, eval_view, train_view
+from fdscale.data.index import index, open_index
+from fdscale.data.order import Order
+from fdscale.data.shards import make
+from fdscale.data.stream import Samples, _Slots, batches, evaluation_batches
+
+LANES = 12
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory, photos):
+    """24 photos in four shards of 7, 7, 7 and 3."""
+    root = tmp_path_factory.mktemp("stream")
+    (root / "in").mkdir()
+    for i, data in enumerate(photos):
+        (root / "in" / f"{i:02d}.jpg").write_bytes(data)
+    make(root / "in", root / "out", samples_per_shard=7)
+    return root / "out"
+
+
+@pytest.fixture
+def samples(shards) -> Samples:
+    opened = open_index(shards)
+    return Samples(opened, Order(opened.counts, 5, LANES, 4), partial(train_view, seed=5, size=16))
+
+
+def draw(samples, start, steps, *, world=1, workers=0, batch_size=24, micro_batch=2):
+    """`steps` global batches from all ranks, put back in slot order: [(number, origin, pixels)]."""
+    slots = []
+    for rank in range(world):
+        sizes = {"batch_size": batch_size, "micro_batch": micro_batch, "world": world}
+        stream = batches(samples, **sizes, rank=rank, start=start, workers=workers)
+        mine = []
+        for _ in range(steps * batch_size // (world * micro_batch)):
+            batch = next(stream)
+            assert batch["images"].shape == (micro_batch, 3, 16, 16)
+            assert batch["images"].dtype == torch.uint8
+            assert batch["numbers"].dtype == torch.int64
+            pixels = [image.numpy().tobytes() for image in batch["images"]]
+            mine += zip(batch["numbers"].tolist(), batch["origin"], pixels, strict=True)
+        stream.close()
+        slots.append(mine)
+    return [one for turn in zip(*slots, strict=True) for one in turn]
+
+
+def test_plans_of_all_ranks_are_the_sequence_whatever_changes():
+    """Worlds, batches and micro-batches change every few steps, as after a resume; only the number carries over."""
+    rng = random.Random(0)
+    for _ in range(200):
+        n, seen = rng.randrange(1000), []
+        first = n
+        for _ in range(6):
+            batch_size = LANES * rng.choice([1, 2, 3, 5])
+            world = rng.choice([1, 2, 3, 4, 6, 12])
+            micro = rng.choice([m for m in range(1, batch_size + 1) if batch_size % (world * m) == 0])
+            stop = n + batch_size * rng.randint(1, 4)
+            plans = [list(_Slots(batch_size, micro, rank, world, n, stop)) for rank in range(world)]
+            assert all(len(numbers) == micro for plan in plans for numbers in plan)
+            ranks = [[number for numbers in plan for number in numbers] for plan in plans]
+            seen += [number for turn in zip(*ranks, strict=True) for number in turn]
+            n = stop
+        assert seen == list(range(first, n))
+
+
+def test_a_rank_keeps_to_its_lanes_in_an_epoch():
+    order = Order([25] * 40, 0, LANES)  # 12 does not divide 1000 samples: ranks change lanes from epoch to epoch
+    for world in (2, 3, 4, 6):
+        for start in (0, 7, 1000, 2000):
+            for rank in range(world):
+                stop = (start // 1000 + 1) * 1000 - 48
+                numbers = np.array([n for m in _Slots(48, 48 // world, rank, world, start, stop) for n in m])
+                lanes = set((numbers % order.samples % LANES).tolist())
+                assert len(lanes) == LANES // world
+
+
+def test_batches_are_the_samples_of_their_numbers(samples, shards):
+    opened = open_index(shards)
+    for number, (shard, key), pixels in draw(samples, 30, 2):
+        _, where, row = samples.order.at(number)
+        assert (shard, key) == (opened.names[where], opened.key(where, row))
+        image = decode(opened.read(where, row))
+        assert pixels == train_view(image, 5, number, 16).numpy().tobytes()
+        one = samples[number]
+        assert (one[1:], one[0].numpy().tobytes()) == ((number, shard, key), pixels)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+def test_the_sequence_and_the_pixels_survive_every_change(samples):
+    """Seven and a half epochs of the set on changing ranks, workers, batches and micro-batches."""
+    reference = draw(samples, 0, 8)
+    assert [number for number, _, _ in reference] == list(range(192))
+    epochs = [{origin for _, origin, _ in reference[i : i + 24]} for i in range(0, 192, 24)]
+    assert all(len(epoch) == 24 for epoch in epochs)
+    got = []
+    for world, workers, batch_size, micro, steps in (
+        (2, 0, 24, 4, 1),
+        (1, 2, 12, 3, 2),
+        (3, 1, 36, 12, 1),
+        (1, 3, 24, 24, 1),
+        (12, 0, 12, 1, 1),
+        (4, 1, 24, 6, 1),
+        (6, 0, 36, 3, 1),
+    ):
+        got += draw(samples, len(got), steps, world=world, workers=workers, batch_size=batch_size, micro_batch=micro)
+    assert got == reference[: len(got)]
+    assert len(got) == 180
+
+
+def test_stop_ends_the_stream_after_whole_batches(samples):
+    for workers in (0, 1):
+        stream = batches(samples, batch_size=12, micro_batch=6, rank=0, world=2, start=5, stop=5 + 24, workers=workers)
+        assert [batch["numbers"].tolist() for batch in stream] == [[5, 7, 9, 11, 13, 15], [17, 19, 21, 23, 25, 27]]
+
+
+def test_the_runs_generator_is_left_alone(samples):
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    draw(samples, 0, 1, workers=1)
+    assert torch.equal(torch.rand(4), expected)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"world": 5}, "world size 5 does not divide the 12 lanes"),
+        ({"world": 2, "micro_batch": 8}, r"24 does not divide into .* of 8 on 2 ranks; .*: 1, 2, 3, 4, 6, 12"),
+        ({"world": 4, "batch_size": 18}, "expected a batch that 4 divides"),
+        ({"micro_batch": 0}, "usable micro-batches: 1, 2, 3"),
+        ({"start": -1}, "start is sample number -1"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_refused_at_once(samples, sizes, message):
+    right = {"batch_size": 24, "micro_batch": 2, "rank": 0, "world": 1, "start": 0, "workers": 0}
+    with pytest.raises(UserError, match=message):
+        batches(samples, **{**right, **sizes})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_stops_the_run_with_its_place(tmp_path, photos, pack, workers):
+    pack(tmp_path / "a.tar", {f"{i}.jpg": photos[i] if i != 3 else photos[i][:500] for i in range(6)})
+    opened = index(tmp_path)
+    broken = Samples(opened, Order(opened.counts, 0, 1), partial(train_view, seed=0, size=16))
+    stream = batches(broken, batch_size=2, micro_batch=2, rank=0, world=1, start=0, workers=workers)
+    with pytest.raises(UserError) as caught:
+        list(islice(stream, 3))
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path}/a.tar: sample '3': the image cannot be decoded (OSError: ")
+    assert "Traceback" not in text
+    assert "verify --decode" in text
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_cut_during_the_run_stops_it(tmp_path, photos, pack, workers):
+    path = pack(tmp_path / "a.tar", {f"{i}.jpg": photos[i] for i in range(6)})
+    opened = index(tmp_path)
+    path.write_bytes(path.read_bytes()[:9000])
+    cut = Samples(opened, Order(opened.counts, 0, 1), partial(train_view, seed=0, size=16))
+    stream = batches(cut, batch_size=2, micro_batch=2, rank=0, world=1, start=0, workers=workers)
+    with pytest.raises(UserError, match=r"a\.tar: truncated or changed since it was indexed: it has 9000 bytes"):
+        next(stream)
+
+
+def slow(image: Image.Image, number: int, seconds: float) -> torch.Tensor:
+    time.sleep(seconds)
+    return eval_view(image, 16)
+
+
+def children() -> set[int]:
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
+def gone(pid: int, seconds: float = 10.0) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if "State:\tZ" in Path(f"/proc/{pid}/status").read_text():
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_closing_stops_the_workers_and_so_does_forgetting(samples):
+    for forget in (False, True):
+        before = children()
+        stream = batches(samples, batch_size=12, micro_batch=6, rank=0, world=1, start=0, workers=2)
+        next(stream)
+        workers = children() - before
+        assert len(workers) == 2
+        if forget:
+            del stream
+            gc.collect()
+        else:
+            stream.close()
+        assert not workers & children()
+
+
+def test_signals_of_a_scheduler_do_not_stop_the_workers(samples):
+    before = children()
+    stream = batches(samples, batch_size=12, micro_batch=2, rank=0, world=1, start=0, workers=2)
+    next(stream)
+    for pid in children() - before:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(pid, number)
+    numbers = [number for _ in range(30) for number in next(stream)["numbers"].tolist()]
+    assert numbers == list(range(2, 62))
+    stream.close()
+    assert children() == before
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_reported(samples):
+    before = children()
+    samples.view = partial(slow, seconds=0.05)
+    stream = batches(samples, batch_size=12, micro_batch=2, rank=0, world=1, start=0, workers=1)
+    next(stream)
+    (worker,) = children() - before
+    handler = signal.getsignal(signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's own would raise wherever this test happens to be
+    try:
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(UserError, match=r"a data worker was killed by signal 9.*memory"):
+            list(islice(stream, 20))
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+    assert children() == before
+
+
+SCRIPT = """
+import os, signal, sys, time
+from functools import partial
+sys.path.insert(0, {tests!r})
+from test_stream import children, slow
+from fdscale.data.index import open_index
+from fdscale.data.order import Order
+from fdscale.data.stream import Samples, batches
+opened = open_index({shards!r})
+samples = Samples(opened, Order(opened.counts, 0, 12), partial(slow, seconds={seconds}))
+stream = batches(samples, batch_size=12, micro_batch=1, rank=0, world=1, start=0, workers=2, prefetch=1)
+next(stream)
+print(*children(), flush=True)
+{end}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("end", "seconds", "status"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 0.01, -9),  # nobody is left to stop the workers
+        ("raise SystemExit(3)", 0.01, 3),  # the stream is never closed
+        ("time.sleep(0.2); raise SystemExit(4)", 3.0, 4),  # and the workers are busy
+    ],
+)
+def test_workers_end_with_the_process_that_made_them(shards, end, seconds, status):
+    code = SCRIPT.format(tests=os.path.dirname(__file__), shards=str(shards), seconds=seconds, end=end)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == status, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("world", "micro_batch", "workers"), [(1, 24, 0), (1, 5, 2), (2, 5, 0), (5, 2, 1), (7, 3, 0), (30, 1, 0)]
+)
+def test_evaluation_takes_every_sample_once(shards, world, micro_batch, workers):
+    opened = open_index(shards)
+    view = partial(eval_view, size=16)
+    steps, seen = set(), []
+    for rank in range(world):
+        stream = list(
+            evaluation_batches(opened, view, micro_batch=micro_batch, rank=rank, world=world, workers=workers)
+        )
+        steps.add(len(stream))
+        for batch in stream:
+            assert batch["images"].shape == (micro_batch, 3, 16, 16)
+            assert batch["weights"].dtype == torch.float32
+            assert set(batch["weights"].tolist()) <= {0.0, 1.0}
+            kept = batch["weights"] == 1
+            origins = [origin for origin, keep in zip(batch["origin"], kept.tolist(), strict=True) if keep]
+            seen += zip(batch["numbers"][kept].tolist(), origins, batch["images"][kept], strict=True)
+    assert len(steps) == 1
+    assert [number for number, _, _ in seen] == list(range(24))
+    places = [(shard, row) for shard, count in enumerate(opened.counts) for row in range(count)]
+    for (_, origin, image), (shard, row) in zip(seen, places, strict=True):
+        assert origin == (opened.names[shard], opened.key(shard, row))
+        assert torch.equal(image, view(decode(opened.read(shard, row))))
+
+
+def test_evaluation_can_be_cut_short(shards):
+    before = children()
+    stream = evaluation_batches(
+        open_index(shards), partial(eval_view, size=16), micro_batch=2, rank=0, world=1, workers=2
+    )
+    next(stream)
+    stream.close()
+    assert children() == before
+    with pytest.raises(UserError, match="micro-batch is 0"):
+        evaluation_batches(open_index(shards), partial(eval_view, size=16), micro_batch=0, rank=0, world=1, workers=0)
