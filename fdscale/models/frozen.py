@@ -1,0 +1,216 @@
+"""Teacher: a frozen network that turns images in [0, 1] into the tokens a student learns.
+
+What is distilled is the output of the last block after the teacher's own final norm, every token (official repository
+SwinTransformer/Feature-Distillation, models/feature_distillation.py). models/teachers.py builds teachers.
+
+Shapes: B images, H x W pixels, L = P + h * w tokens (P before the grid), C channels.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fdscale import UserError
+
+Forward = Callable[[nn.Module, Tensor], Tensor]  # (network, normalised images) -> (B, L, C) or (B, C, h, w)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A network and what is known of it. `forward` takes the network as an argument, so that a twin can be passed."""
+
+    network: nn.Module
+    forward: Forward
+    prefix: tuple[str, ...]  # kinds of the tokens before the grid
+    mean: Sequence[float]  # of RGB in [0, 1]
+    std: Sequence[float]
+    width: int | None = None  # None here and below: found by a dry run
+    grid: Callable[[tuple[int, int]], tuple[int, int]] | None = None
+    flops: Callable[[tuple[int, int]], int] | None = None
+
+
+class Teacher:
+    """A frozen network. Call it with images to get the tokens a student learns.
+
+    It is not an nn.Module, so it never becomes part of a trained module or of a checkpoint.
+
+    prefix: kinds of the P tokens before the grid, such as ("cls", "reg"). image_size: the (H, W) it works at, or None
+    where it takes the views as they are. network: the torch module itself, for diagnosis.
+    """
+
+    def __init__(self, parts: Parts, source: str, image_size: tuple[int, int] | None, dtype: torch.dtype):
+        self.source, self.image_size, self.dtype = source, image_size, dtype
+        self.prefix = tuple(parts.prefix)
+        self.network = parts.network.requires_grad_(False).eval()
+        self._parts = parts
+        self._mean = torch.tensor(parts.mean, dtype=torch.float32).view(1, 3, 1, 1)
+        self._std = torch.tensor(parts.std, dtype=torch.float32).view(1, 3, 1, 1)
+        self._dry_runs: dict[tuple[int, int], tuple[torch.Size, int]] = {}
+        self._fingerprint = _hash_weights(self.network, parts.mean, parts.std)
+        if dtype != torch.float32:
+            _hold_matrices_in(self.network, dtype)
+
+    @torch.no_grad()  # inference_mode would not do: the loss keeps its target for the backward
+    def __call__(self, images: Tensor) -> Tensor:
+        """Tokens (B, L, C), float32, without grad, of RGB images (B, 3, H, W) in [0, 1] on the teacher's device.
+
+        H x W is the student's view; it is resized (bicubic, antialiased, clamped to [0, 1]) where the teacher has
+        another size of its own. An autocast around the call has no effect: the teacher runs in its own dtype.
+        """
+        assert not self.network.training, "the teacher's network was switched to training mode"
+        assert images.ndim == 4, tuple(images.shape)
+        assert images.is_floating_point(), images.dtype
+        images = images.float()
+        size = self.image_size or tuple(images.shape[-2:])
+        if tuple(images.shape[-2:]) != size:
+            images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        images = (images - self._mean) / self._std
+        with _precision(images.device, self.dtype):
+            output = self._parts.forward(self.network, images)
+        if output.ndim == 4:
+            output = output.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h * w, C)
+        return output.float()
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Does nothing: a teacher stays in eval mode."""
+        return self
+
+    def to(self, device: torch.device | str) -> Teacher:
+        """Moves the teacher, in place."""
+        self.network.to(device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self
+
+    @property
+    def width(self) -> int:
+        """C, channels of a token."""
+        if self._parts.width is not None:
+            return self._parts.width
+        shape, _ = self._dry_run(self.image_size or built_for(self.network))
+        return shape[2] if len(shape) == 3 else shape[1]
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """(h, w) of the token grid for views of image_size = (H, W). UserError where the network refuses that size."""
+        size = self.image_size or tuple(image_size)
+        if self._parts.grid is not None:
+            return tuple(self._parts.grid(size))
+        shape, _ = self._dry_run(size)
+        if len(shape) == 4:
+            return tuple(shape[2:])
+        tokens = shape[1] - len(self.prefix)
+        rows = round(math.sqrt(max(tokens, 0) * size[0] / size[1]))
+        columns = tokens // max(rows, 1)
+        if tokens <= 0 or rows * columns != tokens or rows * size[1] != columns * size[0]:
+            raise UserError(
+                f"the teacher {self.source} gives {shape[1]} tokens for a {size[0]} x {size[1]} image; without "
+                f"{len(self.prefix)} before the grid {self.prefix} that is no grid of square patches. Wrap it as a "
+                "python: teacher with a `grid` method."
+            )
+        return rows, columns
+
+    def flops(self, image_size: tuple[int, int]) -> int:
+        """Multiply-adds (MACs) of one forward of one view of image_size = (H, W): matrix products and convolutions."""
+        size = self.image_size or tuple(image_size)
+        return self._parts.flops(size) if self._parts.flops is not None else self._dry_run(size)[1]
+
+    def fingerprint(self) -> str:
+        """Identifies weights and normalisation, whatever file they came from: 32 hex digits, equal on all machines.
+
+        Names, shapes and about 4096 evenly spread entries of every tensor, as loaded and before any cast, are hashed;
+        for 3 billion parameters that takes a second. A network that was trained further, rounded or resized differs
+        everywhere; a hand-made change of a few entries may go unseen.
+        """
+        return self._fingerprint
+
+    def _dry_run(self, size: tuple[int, int]) -> tuple[torch.Size, int]:
+        if size not in self._dry_runs:
+            try:
+                self._dry_runs[size] = dry_run(self.network, self._parts.forward, size, self.dtype)
+            except Exception as error:  # every network refuses a size in its own way
+                raise UserError(
+                    f"the teacher {self.source} does not run on {size[0]} x {size[1]} images ({short(error)}). Give "
+                    "teacher.image_size, the size it works at: views are then resized to it."
+                ) from error
+        return self._dry_runs[size]
+
+
+def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=None if dtype == torch.float32 else dtype, enabled=dtype != torch.float32)
+
+
+def _hold_matrices_in(network: nn.Module, dtype: torch.dtype) -> None:
+    """Linear and Conv2d parameters in the autocast dtype: same products, half the memory, no cast in every call.
+
+    Norms, position embeddings and the like stay in float32, as autocast wants them.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+
+
+def _hash_weights(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> str:
+    digest = hashlib.sha256(repr(([float(m) for m in mean], [float(s) for s in std])).encode())
+    for name, tensor in sorted(network.state_dict().items()):
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // 4096) | 1  # odd: even steps would stay in one column of most matrices
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+# --- dry runs ---------------------------------------------------------------------------------------------------------
+
+
+def dry_run(
+    network: nn.Module, forward: Forward, size: tuple[int, int], dtype: torch.dtype = torch.float32
+) -> tuple[torch.Size, int]:
+    """(output shape, multiply-adds) for one image of that size; nothing is computed where the network allows it."""
+    try:
+        return _counted(_twin(network), forward, torch.empty(1, 3, *size, device="meta"))
+    except Exception:  # e.g. tensors that are neither parameters nor buffers; a refused size fails again below
+        device = next(iter(network.parameters()), torch.empty(0)).device
+        with _precision(device, dtype):
+            return _counted(network, forward, torch.zeros(1, 3, *size, device=device))
+
+
+@torch.no_grad()
+def _counted(network: nn.Module, forward: Forward, images: Tensor) -> tuple[torch.Size, int]:
+    # the math backend spells attention out as matrix products, which the counter sees on every device
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = forward(network, images)
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(f"its output is {found}; expected tokens (B, L, C) or a map (B, C, h, w)")
+    return output.shape, counter.get_total_flops() // 2
+
+
+def _twin(network: nn.Module) -> nn.Module:
+    """The network with float32 meta tensors in place of its parameters and buffers; costs no memory."""
+    tensors: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta", dtype=torch.float32), requires_grad=False)
+        for p in network.parameters()
+    }
+    tensors |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in network.buffers()}
+    return copy.deepcopy(network, tensors)
+
+
+def built_for(network: nn.Module) -> tuple[int, int]:
+    """The image size a network with position embeddings was built for; 224 x 224 for any other."""
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None) or (224, 224)
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def short(error: Exception) -> str:
+    """The first line of an error that is somebody else's."""
+    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:200]
