@@ -1,0 +1,340 @@
+"""What to do: the whole typed configuration of a run, every field with its unit and source.
+
+A recipe is YAML, read with a safe loader into frozen sections; `--set section.key=value` overrides it. Anything
+unknown, of the wrong type or out of range is a `UserError` that names the file, the key, what was expected and the
+nearest valid name. How the run fits the machine (ZeRO stage, offload, precision, buckets) is not here: that is the
+ds_config, see `fdscale.engine.initialize`.
+
+Fields marked `neutral` do not change the sequence of weights beyond rounding (where the data lies, how much is logged,
+how the batch is cut); all others are hashed into every checkpoint and must match on resume.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fdscale import UserError
+from fdscale.strict import StrictLoader, hints_of, nearest, option, section, value_of
+
+
+@dataclass(frozen=True)
+class Student:
+    """The network that learns."""
+
+    model: str = option("swin_v2", "architecture", choices=("swin_v2", "vit"))
+    args: dict[str, Any] = option(
+        {}, "constructor arguments of fdscale.models.swin_v2.SwinV2 or fdscale.models.vit.ViT"
+    )
+    weights: str | None = option(
+        None, "file of initial weights; null: random, as the paper's students (official repository, issue 2)"
+    )
+    seed: int = option(0, "seed of initial weights and drop path", low=0)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen network whose last feature map is learnt."""
+
+    source: str = option("", "timm:NAME, fdscale:swin_v2, fdscale:vit, or python:MODULE:CALLABLE for any torch module")
+    args: dict[str, Any] = option({}, "constructor arguments of the teacher")
+    weights: str | None = option(None, "local weight file; the word random gives random weights on purpose")
+    image_size: int | None = option(None, "pixels; null: the student's view is given as it is", low=8)
+    key: str | None = option(
+        None, "entry of the weight file that holds the weights, where it has several (EsViT: student)", neutral=True
+    )
+    feature: str = option(
+        "last",
+        "which map is learnt: the last after the final norm, or the last of a stride",
+        choices=("last", "stride4", "stride8", "stride16", "stride32"),
+    )
+    mean: tuple[float, float, float] | None = option(
+        None, "normalisation of RGB in [0, 1]; null: the one the teacher was trained with"
+    )
+    std: tuple[float, float, float] | None = option(None, "likewise")
+    dtype: str = option("float32", "precision of the teacher's forward", choices=("float32", "bfloat16", "float16"))
+    resample: str | None = option(
+        None,
+        "how the teacher's token grid is brought to the student's; null: they must be equal",
+        choices=(None, "bilinear", "bicubic", "area"),
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Whitened features under smooth-L1 (arXiv 2205.14141, section 3)."""
+
+    beta: float = option(2.0, "transition of smooth-L1 from square to linear; 2.0 in the paper", low=1e-6)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, in which order, seen how."""
+
+    shards: str | None = option(None, "WebDataset tars: a directory, a glob or a brace pattern", neutral=True)
+    index: str | None = option(None, "directory of the index; null: index/ beside the shards", neutral=True)
+    heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
+    heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
+    heldout_samples: int = option(
+        5000, "samples: evaluate on the first so many of the held-out set", low=1, neutral=True
+    )
+    seed: int = option(0, "seed of sample order and augmentation", low=0)
+    lanes: int | None = option(
+        None, "sequential readers that the order is woven from; null: chosen from batch and shards", low=1
+    )
+    block: int = option(4096, "samples: rows of a lane that are shuffled together", low=1)
+    image_size: int = option(224, "pixels: side of the square view", low=8)
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), "area of the random crop as a share of the image", low=0.0, high=1.0
+    )
+    ratio: tuple[float, float] = option((0.75, 4 / 3), "aspect ratio of the random crop", low=0.01)
+    interpolation: str = option(
+        "bilinear", "resize filter; the official distillation uses bilinear", choices=("bilinear", "bicubic")
+    )
+    flip: float = option(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
+    workers: int = option(4, "decoding processes per rank; 0: in the training process", low=0, neutral=True)
+    prefetch: int = option(2, "micro-batches each worker prepares ahead", low=1, neutral=True)
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW (official repository, models/feature_distillation configs)."""
+
+    batch_size: int = option(2048, "samples per step over all ranks", low=1)
+    lr: float = option(1.2e-3, "peak learning rate, already scaled to the batch", low=0.0)
+    weight_decay: float = option(0.05, "decoupled weight decay of matrices", low=0.0)
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW moment decays", low=0.0, high=1.0)
+    eps: float = option(1e-8, "AdamW epsilon", low=0.0)
+    clip_grad: float = option(3.0, "global gradient norm bound; 0: none", low=0.0)
+    layer_decay: float = option(
+        1.0, "learning rate factor per layer from the output to the input; 1: none", low=1e-3, high=1.0
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Cosine with linear warm-up, as timm's CosineLRScheduler; lengths in steps, or in epochs of the data."""
+
+    steps: int | None = option(None, "steps of the whole run", low=1)
+    epochs: float | None = option(None, "the same in epochs", low=0.0)
+    warmup_steps: int | None = option(None, "steps of linear warm-up", low=0)
+    warmup_epochs: float | None = option(None, "the same in epochs", low=0.0)
+    warmup_lr: float = option(0.0, "learning rate at step 0", low=0.0)
+    min_lr: float = option(0.0, "learning rate at the end", low=0.0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a step is cut to fit; none of it changes what is learnt."""
+
+    micro_batch: int = option(128, "samples per forward on one rank", low=1, neutral=True)
+    checkpoint: tuple[str, ...] = option(
+        ("none",),
+        "activation checkpointing of the blocks: none, torch, deepspeed, fairscale or fairscale_offload; one value, "
+        "or one per stage",
+        choices=("none", "torch", "deepspeed", "fairscale", "fairscale_offload"),
+        neutral=True,
+    )
+    attention_chunk: tuple[int, ...] = option(
+        (0,),
+        "sequential self-attention: windows (SwinV2) or heads (ViT) at a time, 0: all at once; one value, or one per "
+        "stage (SwinV2 paper, 3.4)",
+        low=0,
+        neutral=True,
+    )
+
+
+@dataclass(frozen=True)
+class Save:
+    """Checkpoints."""
+
+    every: int = option(1000, "steps between checkpoints; the end of a run is always saved", low=1, neutral=True)
+    keep: int = option(3, "newest checkpoints that are kept", low=1, neutral=True)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written about a run."""
+
+    every: int = option(10, "steps between log lines", low=1, neutral=True)
+    heldout_every: int = option(1000, "steps between held-out evaluations", low=1, neutral=True)
+    samples: bool = option(False, "write one line per sample (number, shard, key) to samples-RANK.log", neutral=True)
+    tensorboard: bool = option(True, "write TensorBoard events when tensorboard is installed", neutral=True)
+    wandb: str | None = option(None, "Weights & Biases project; null: off", neutral=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete run."""
+
+    student: Student = field(default_factory=Student)
+    teacher: Teacher = field(default_factory=Teacher)
+    objective: Objective = field(default_factory=Objective)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    memory: Memory = field(default_factory=Memory)
+    save: Save = field(default_factory=Save)
+    log: Log = field(default_factory=Log)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that ship with fdscale, by name."""
+    folder = Path(str(resources.files("fdscale"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a recipe (a shipped name or a YAML file) and apply `section.key=value` overrides.
+
+    Raises UserError naming the file and key for anything unknown, mistyped or out of range.
+    """
+    path = recipe_path(recipe)
+    try:
+        tree = yaml.load(path.read_text(), Loader=StrictLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    config = section(Config, tree if tree is not None else {}, "", str(path))
+    for text in overrides:
+        config = _override(config, text)
+    check(config, f"{path}{' with --set' if overrides else ''}")
+    return config
+
+
+def from_dict(tree: dict[str, Any], where: str) -> Config:
+    """The config of `as_dict` back, with the same checks as a recipe."""
+    config = section(Config, tree, "", where)
+    check(config, where)
+    return config
+
+
+def recipe_path(recipe: str) -> Path:
+    """The file of a shipped recipe or a given path. Raises UserError with the nearest name."""
+    named = recipes()
+    if recipe in named:
+        return named[recipe]
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in recipe:
+        raise UserError(f"{recipe}: no such recipe file")
+    raise UserError(
+        f"no recipe is called {recipe!r}{nearest(recipe, named)}; `fdscale recipes` lists them, and a path to a "
+        "YAML file works too"
+    )
+
+
+def _override(config: Config, text: str) -> Config:
+    """Apply one `section.key=value`; inside args, `student.args.depths=[2,2,2,2]`."""
+    where = f"--set {text}"
+    path, equals, raw = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or len(keys) < 2:
+        raise UserError(f"{where}: expected section.key=value, for example --set optim.lr=2e-4")
+    try:
+        value = yaml.load(raw, Loader=StrictLoader)
+    except yaml.YAMLError:
+        raise UserError(
+            f"{where}: the value is not readable as YAML; quote it for the shell, for example --set "
+            "'data.scale=[0.08, 1]'"
+        ) from None
+    hints = hints_of(Config)
+    if keys[0] not in hints:
+        raise UserError(f"{where}: unknown section {keys[0]}{nearest(keys[0], hints)}; known: {', '.join(hints)}")
+    kind, section = hints[keys[0]], getattr(config, keys[0])
+    inner = hints_of(kind)
+    if keys[1] not in inner:
+        raise UserError(
+            f"{where}: unknown key {keys[0]}.{keys[1]}{nearest(keys[1], inner)}; known here: {', '.join(inner)}"
+        )
+    if len(keys) > 2:
+        current = getattr(section, keys[1])
+        if not isinstance(current, dict) or len(keys) > 3:
+            raise UserError(f"{where}: {'.'.join(keys[:2])} has no keys inside")
+        value = {**current, keys[2]: value}
+    converted = value_of(kind, keys[1], inner[keys[1]], value, f"{keys[0]}.", where)
+    return dataclasses.replace(config, **{keys[0]: dataclasses.replace(section, **{keys[1]: converted})})
+
+
+def check(config: Config, where: str) -> None:
+    """Rules that span several keys."""
+    schedule = config.schedule
+    if (schedule.steps is None) == (schedule.epochs is None):
+        raise UserError(
+            f"{where}: the schedule needs exactly one of schedule.steps and schedule.epochs (set the other to null)"
+        )
+    if schedule.warmup_steps is not None and schedule.warmup_epochs is not None:
+        raise UserError(f"{where}: set only one of schedule.warmup_steps and schedule.warmup_epochs")
+    if max(schedule.min_lr, schedule.warmup_lr) > config.optim.lr:
+        raise UserError(
+            f"{where}: schedule.min_lr and schedule.warmup_lr must not exceed optim.lr ({config.optim.lr:g})"
+        )
+    for name in ("scale", "ratio"):
+        low, high = getattr(config.data, name)
+        if not 0 < low <= high:
+            raise UserError(f"{where}: data.{name} must be two rising positive numbers, got [{low:g}, {high:g}]")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Using
+
+
+def in_steps(config: Config, samples_per_epoch: int) -> Config:
+    """The same config with lengths in steps, so that it means the same run whatever the data is called."""
+    schedule = config.schedule
+    epoch = samples_per_epoch / config.optim.batch_size  # steps
+    steps = schedule.steps if schedule.epochs is None else max(1, round(schedule.epochs * epoch))
+    warmup = schedule.warmup_steps or 0 if schedule.warmup_epochs is None else round(schedule.warmup_epochs * epoch)
+    assert steps is not None
+    if warmup >= steps:
+        raise UserError(f"schedule: the warm-up of {warmup} steps is not shorter than the run of {steps} steps")
+    resolved = dataclasses.replace(schedule, steps=steps, epochs=None, warmup_steps=warmup, warmup_epochs=None)
+    return dataclasses.replace(config, schedule=resolved)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """Plain dictionaries and lists, as YAML and JSON have them."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def dump(config: Config) -> str:
+    """YAML that `load` reads back to an equal config."""
+    return yaml.safe_dump(as_dict(config), sort_keys=False, default_flow_style=None, width=120)
+
+
+def fields() -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, default, dataclass field) of every option: the reference that `fdscale recipes --keys` prints."""
+    for name, kind in hints_of(Config).items():
+        for entry in dataclasses.fields(kind):
+            yield f"{name}.{entry.name}", getattr(kind(), entry.name), entry
+
+
+def trajectory(config: Config) -> dict[str, Any]:
+    """The dotted keys that fix the sequence of weights, with their values.
+
+    Files are identified by their content elsewhere.
+    """
+    excluded = {"student.weights", "teacher.weights"}
+    values = {}
+    for key, _, entry in fields():
+        if not entry.metadata["neutral"] and key not in excluded:
+            section, name = key.split(".")
+            values[key] = getattr(getattr(config, section), name)
+    return json.loads(json.dumps(values))
+
+
+def digest(values: Any) -> str:
+    """A short stable hash of plain data."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,172 @@
+"""Ranks: who am I, how many are we, and what do we agree on. Works in one process without torchrun or Slurm.
+
+`init` understands three ways of being started: torchrun (RANK, WORLD_SIZE, ...), one srun task per rank (SLURM_PROCID,
+...) and plain python (one rank). Host-side agreement (flags, names, barriers) goes over a gloo group, so it never waits
+for the accelerator.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+import subprocess
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from fdscale import UserError
+
+_host_group: Any = None  # gloo group of all ranks; the default group where that is gloo already
+
+
+def rank() -> int:
+    """Number of this process among all, 0 in a single process."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else int(_environment().get("RANK", 0))
+
+
+def world() -> int:
+    """Number of processes, 1 in a single process."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else int(_environment().get("WORLD_SIZE", 1))
+
+
+def local_rank() -> int:
+    """Number of this process on its node."""
+    return int(_environment().get("LOCAL_RANK", 0))
+
+
+def device() -> torch.device:
+    """The accelerator of this rank, or the CPU."""
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _environment() -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as torchrun sets them; empty for a single process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return {
+            key: env[key] for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key in env
+        }
+    # SLURM_STEP_ID exists only inside srun; the batch script itself must count as a single process.
+    if "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))) > 1:
+        return {
+            "RANK": env["SLURM_PROCID"],
+            "WORLD_SIZE": env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")),
+            "LOCAL_RANK": env["SLURM_LOCALID"],
+            "MASTER_ADDR": env.get("MASTER_ADDR")
+            or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
+        }
+    return {}
+
+
+def _first_host(nodes: str) -> str:
+    """The first name in a Slurm node list such as gpu[003-010,020],login1."""
+    try:
+        lines = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        ).stdout.split()
+        return lines[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        match = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+        if not match:
+            raise UserError(f"cannot tell the first host from Slurm's node list {nodes!r}; set MASTER_ADDR") from None
+        return match.group(1) + (match.group(2) or "")
+
+
+def init(timeout_s: float = 1800.0) -> None:
+    """Join the other ranks; does nothing when torch.distributed is initialised already.
+
+    Raises UserError when the environment is half set.
+    """
+    global _host_group
+    if torch_dist.is_initialized():
+        return
+    env = _environment()
+    cuda = torch.cuda.is_available()
+    timeout = datetime.timedelta(seconds=timeout_s)
+    if env:
+        missing = [key for key in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in env]
+        if missing:
+            raise UserError(
+                f"RANK and WORLD_SIZE are set but {', '.join(missing)} is not: start with torchrun or srun, or unset "
+                "RANK"
+            )
+        os.environ.update(env)
+        if cuda:
+            torch.cuda.set_device(device())
+        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+    else:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        torch_dist.init_process_group(
+            "nccl" if cuda else "gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
+        )
+    _host_group = torch_dist.new_group(backend="gloo", timeout=timeout) if cuda else torch_dist.group.WORLD
+
+
+def close() -> None:
+    """Leave the group; further calls see a single process again."""
+    global _host_group
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+    _host_group = None
+
+
+def barrier() -> None:
+    """Wait for all ranks (host side)."""
+    if world() > 1:
+        torch_dist.barrier(group=_host_group)
+
+
+def gather(value: Any) -> list[Any]:
+    """One plain Python value of every rank, in rank order, on all ranks.
+
+    The values travel between our own processes only, never through a file.
+    """
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    torch_dist.all_gather_object(values, value, group=_host_group)
+    return values
+
+
+def total(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place, on the tensor's own device."""
+    if world() > 1:
+        torch_dist.all_reduce(tensor, group=_host_group if tensor.device.type == "cpu" else None)
+    return tensor
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank. A collective: every rank must call it."""
+    return bool(total(torch.tensor([int(flag)])).item())
+
+
+class Agreement:
+    """Flags of all ranks, agreed without ever waiting for a slow one inside the step.
+
+    `exchange(flags)` starts the reduction of this step's flags and returns the agreed flags of the previous step, so
+    all ranks act on the same answer at the same step, and the message has had a whole step to travel.
+    """
+
+    def __init__(self, count: int):
+        self._count = count
+        self._pending: tuple[torch.Tensor, Any] | None = None
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """The previous call's flags, each true if any rank set it (all false on the first call).
+
+        With one rank, this call's.
+        """
+        assert len(flags) == self._count
+        if world() == 1:
+            return flags
+        agreed = (False,) * self._count
+        if self._pending is not None:
+            before, work = self._pending
+            work.wait()
+            agreed = tuple(bool(value) for value in before.tolist())
+        tensor = torch.tensor([int(flag) for flag in flags])
+        self._pending = (tensor, torch_dist.all_reduce(tensor, group=_host_group, async_op=True))
+        return agreed

@@ -1,0 +1,289 @@
+"""A run: its directory, what it writes about itself, and when it must stop.
+
+Run directory: config.yaml (resolved, reproduces the run), environment.json (one entry per start), metrics.jsonl,
+samples-RANK.log when asked, tensorboard/, checkpoints/ (see `fdscale.engine.checkpoint`), and what export puts there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fdscale import UserError, config, dist
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Run:
+    """One run directory as seen by one rank; only rank 0 writes shared files.
+
+    Use as a context manager: signal handlers and the progress bar live inside it.
+    """
+
+    def __init__(self, directory: str | Path, settings: config.Config):
+        self.directory = Path(directory)
+        self.settings = settings
+        self.console = Console(stderr=True, highlight=False)
+        self.stopped_by: str | None = None  # name of the signal that ended the run, agreed by all ranks
+        self.diverged = False
+        self._signal: str | None = None
+        self._agreement = dist.Agreement(2)
+        self._nonfinite = False
+        self._previous: dict[int, Any] = {}
+        self._sinks: list[Any] = []
+        self._progress: Progress | None = None
+        self._samples: Any = None
+
+    # -- directory -----------------------------------------------------------------------------------------------------
+    # --------------
+
+    def open(self, extra: dict[str, Any] | None = None) -> None:
+        """Create the directory and write the config and a snapshot of the environment."""
+        problem = ""
+        if dist.rank() == 0:
+            try:
+                (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+                write_atomically(self.directory / "config.yaml", config.dump(self.settings))
+                snapshot = environment() | (extra or {})
+                with (self.directory / "environment.jsonl").open("a") as file:
+                    file.write(json.dumps(snapshot) + "\n")
+                self._sinks = self._open_sinks()
+            except OSError as error:
+                problem = f"cannot write the run directory {self.directory}: {error.strerror or error}"
+        problem = dist.gather(problem)[0]
+        if problem:
+            raise UserError(problem)
+        if self.settings.log.samples:
+            self._samples = (self.directory / f"samples-{dist.rank()}.log").open("a", buffering=1)
+
+    def _open_sinks(self) -> list[Any]:
+        sinks: list[Any] = [_JsonLines(self.directory / "metrics.jsonl")]
+        if self.settings.log.tensorboard and importlib.util.find_spec("tensorboard"):
+            sinks.append(_TensorBoard(self.directory / "tensorboard"))
+        if self.settings.log.wandb:
+            if not importlib.util.find_spec("wandb"):
+                raise UserError(
+                    "log.wandb is set but the package is missing: pip install 'fdscale[wandb]', or --set log.wandb=null"
+                )
+            sinks.append(_Wandb(self.settings.log.wandb, self.directory, config.as_dict(self.settings)))
+        return sinks
+
+    def __enter__(self) -> Run:
+        for number in STOP_SIGNALS:
+            with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._progress is not None:
+            self._progress.stop()
+        for sink in self._sinks:
+            sink.close()
+        if self._samples is not None:
+            self._samples.close()
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+    # --------------
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and self._signal == "SIGINT":
+            os._exit(130)  # the second Ctrl-C: at once, the last committed checkpoint stands
+        if self._signal is None:
+            self._signal = name
+            os.write(2, f"\n{name}: stopping after this step, then saving\n".encode())
+
+    def report_nonfinite(self, nonfinite: bool) -> None:
+        """Tell this rank's verdict on its loss; all ranks learn it at the next `should_stop`."""
+        self._nonfinite |= nonfinite
+
+    def should_stop(self, step: int) -> bool:
+        """Whether all ranks agreed to stop before this step.
+
+        A collective without a device sync: flags are read one step later.
+        """
+        stop, nonfinite = self._agreement.exchange(self._signal is not None, self._nonfinite)
+        self.diverged |= nonfinite
+        if stop:
+            self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
+        return stop or nonfinite
+
+    # -- logging -------------------------------------------------------------------------------------------------------
+    # --------------
+
+    def say(self, text: str) -> None:
+        """One line for a person, from rank 0."""
+        if dist.rank() == 0:
+            (self._progress.console if self._progress is not None else self.console).print(text, soft_wrap=True)
+
+    def start_progress(self, done: int, total: int) -> None:
+        """Show a live bar over steps (rank 0)."""
+        if dist.rank() == 0:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            self._progress = Progress(*columns, console=self.console, transient=True)
+            self._progress.start()
+            self._progress.add_task("step", total=total, completed=done, note="")
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def log(self, values: dict[str, Any]) -> None:
+        """One record to every sink and one line to the console (rank 0). Non-finite numbers become null in JSON."""
+        if dist.rank() != 0:
+            return
+        for sink in self._sinks:
+            sink.write(values)
+        self.say(_line(values))
+        if self._progress is not None:
+            self._progress.update(
+                self._progress.task_ids[0], note=f"loss {values['loss']:.4f}" if "loss" in values else ""
+            )
+
+    def log_samples(self, numbers: list[int], origins: list[tuple[str, str]]) -> None:
+        """One line per sample: number, shard, key."""
+        if self._samples is not None:
+            self._samples.write(
+                "".join(f"{number}\t{shard}\t{key}\n" for number, (shard, key) in zip(numbers, origins, strict=True))
+            )
+
+
+class _JsonLines:
+    def __init__(self, path: Path):
+        self._file = path.open("a", buffering=1)
+
+    def write(self, values: dict[str, Any]) -> None:
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _TensorBoard:
+    def __init__(self, directory: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(key, value, values["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    def __init__(self, project: str, directory: Path, settings: dict[str, Any]):
+        import wandb
+
+        self._run = wandb.init(
+            project=project, dir=str(directory), name=directory.name, config=settings, resume="allow", id=directory.name
+        )
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._run.log(values, step=values["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_LINE = (
+    ("loss", "loss {:.4f}"),
+    ("heldout_loss", "held-out {:.4f}"),
+    ("heldout_trivial", "(constant predictor {:.4f})"),
+    ("lr", "lr {:.2e}"),
+    ("grad_norm", "grad norm {:.3f}"),
+    ("images_per_s", "{:.1f} images/s"),
+    ("data_wait_s", "data wait {:.3f} s"),
+    ("mfu", "MFU {:.1%}"),
+    ("mem_gib", "{:.2f} GiB"),
+    ("skipped", "{:d} skipped"),
+)
+
+
+def _line(values: dict[str, Any]) -> str:
+    shown = [
+        form.format(values[key])
+        for key, form in _LINE
+        if values.get(key) is not None and not (key == "skipped" and values[key] == 0)
+    ]
+    return f"step {values['step']}  " + "  ".join(shown)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small text file so that a reader or a crash sees the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def environment() -> dict[str, Any]:
+    """What this process runs on: versions, command, machine, commit of the source tree when it is one."""
+    import torch
+
+    def version(package: str) -> str | None:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+
+    packages = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow", "safetensors", "fdscale")
+    cuda = torch.cuda.is_available()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "world": dist.world(),
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
+        "packages": {name: version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        describe = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return describe.stdout.strip()

@@ -1,0 +1,114 @@
+"""Reading recipes: what is right comes out as written, what is wrong is one message that names place and remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fdscale import UserError, config
+
+MINIMAL = "teacher: {source: timm:x}\nschedule: {steps: 10}\n"
+
+
+def recipe(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_values_arrive_typed(tmp_path: Path) -> None:
+    text = MINIMAL + "optim: {lr: 2e-4, betas: [0.9, 0.98], batch_size: 64}\nmemory: {checkpoint: torch}\n"
+    settings = config.load(
+        recipe(tmp_path, text), ["data.scale=[0.5, 1]", "student.args.embed_dim=32", "log.wandb=null"]
+    )
+    assert settings.optim.lr == 2e-4  # PyYAML itself reads 2e-4 as text
+    assert settings.optim.betas == (0.9, 0.98)
+    assert settings.memory.checkpoint == ("torch",)
+    assert settings.data.scale == (0.5, 1.0)
+    assert settings.student.args == {"embed_dim": 32}
+
+
+def test_a_dumped_config_reads_back_equal(tmp_path: Path) -> None:
+    for name in config.recipes():
+        settings = config.load(name)
+        assert config.load(recipe(tmp_path, config.dump(settings))) == settings
+        assert config.from_dict(config.as_dict(settings), "test") == settings
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (MINIMAL + "optim: {learning_rate: 1}", [], ["mine.yaml", "optim.learning_rate", "known here: batch_size, lr"]),
+        (MINIMAL + "optimizer: {lr: 1}", [], ["unknown key optimizer", "did you mean 'optim'"]),
+        (MINIMAL + "optim: {batch_sise: 8}", [], ["optim.batch_sise", "did you mean 'batch_size'"]),
+        (MINIMAL + "optim: {batch_size: many}", [], ["optim.batch_size", "whole number", "'many'"]),
+        (MINIMAL + "optim: {batch_size: 2.5}", [], ["optim.batch_size", "whole number"]),
+        (MINIMAL + "optim: {batch_size: true}", [], ["optim.batch_size", "whole number", "True"]),
+        (MINIMAL + "optim: {batch_size: 0}", [], ["optim.batch_size", "at least 1"]),
+        (MINIMAL + "optim: {lr: .nan}", [], ["optim.lr", "at least 0"]),
+        (MINIMAL + "optim: {betas: [0.9]}", [], ["optim.betas", "list of 2 numbers"]),
+        (MINIMAL + "data: {flip: 2}", [], ["data.flip", "at most 1"]),
+        (MINIMAL + "data: {scale: [0.9, 0.1]}", [], ["data.scale", "rising"]),
+        (MINIMAL + "student: {model: swin}", [], ["student.model", "one of swin_v2, vit"]),
+        (MINIMAL + "memory: {checkpoint: [torch, tourch]}", [], ["memory.checkpoint", "did you mean 'torch'"]),
+        (MINIMAL + "optim: 3", [], ["optim must be a mapping", "3"]),
+        (MINIMAL + "schedule: {steps: 5}", [], ["schedule", "appears twice"]),
+        ("- 1\n", [], ["the recipe must be a mapping"]),
+        ("a: [1\n", [], ["not readable as YAML"]),
+        ("schedule: {}", [], ["exactly one of schedule.steps and schedule.epochs"]),
+        ("schedule: {steps: 1, epochs: 1}", [], ["exactly one of schedule.steps and schedule.epochs"]),
+        (MINIMAL, ["optim.lr"], ["--set optim.lr", "expected section.key=value"]),
+        (MINIMAL, ["optim.lrr=1"], ["optim.lrr", "did you mean 'lr'"]),
+        (MINIMAL, ["optin.lr=1"], ["unknown section optin", "did you mean 'optim'"]),
+        (MINIMAL, ["optim.lr=fast"], ["optim.lr", "a number", "'fast'"]),
+        (MINIMAL, ["optim.lr.x=1"], ["optim.lr has no keys inside"]),
+        (MINIMAL, ["data.scale=[1"], ["not readable as YAML", "quote it"]),
+        (MINIMAL, ["optim.lr=1e-5", "schedule.min_lr=1e-3"], ["must not exceed optim.lr"]),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, text: str, overrides: list[str], expected: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        config.load(recipe(tmp_path, text), overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_recipes_are_found_or_named() -> None:
+    with pytest.raises(UserError, match="did you mean 'clip_vit_base_300'"):
+        config.load("clip_vit_base_30")
+    with pytest.raises(UserError, match="no such recipe file"):
+        config.load("nowhere/x.yaml")
+
+
+def test_lengths_in_epochs_become_steps(tmp_path: Path) -> None:
+    settings = config.load("clip_vit_base_300")
+    resolved = config.in_steps(settings, 1_281_167).schedule  # ImageNet-1K: 625.57 steps of 2048 an epoch
+    assert (resolved.steps, resolved.warmup_steps, resolved.epochs) == (187_671, 6256, None)
+    short = config.load(recipe(tmp_path, MINIMAL), ["schedule.warmup_steps=10"])
+    with pytest.raises(UserError, match="not shorter than the run"):
+        config.in_steps(short, 100)
+
+
+def test_trajectory_holds_what_changes_the_run_and_nothing_else() -> None:
+    settings = config.load("demo")
+    before = config.trajectory(settings)
+    for key, other in (("log.every", 7), ("save.keep", 9), ("memory.micro_batch", 8), ("data.workers", 3)):
+        section, name = key.split(".")
+        changed = dataclasses.replace(getattr(settings, section), **{name: other})
+        assert config.trajectory(dataclasses.replace(settings, **{section: changed})) == before
+    for key, other in (("optim.lr", 1e-5), ("data.seed", 3), ("objective.beta", 1.0), ("student.seed", 1)):
+        section, name = key.split(".")
+        changed = dataclasses.replace(getattr(settings, section), **{name: other})
+        after = config.trajectory(dataclasses.replace(settings, **{section: changed}))
+        assert {k for k in after if after[k] != before[k]} == {key}
+        assert config.digest(after) != config.digest(before)
+
+
+def test_every_field_has_a_meaning() -> None:
+    for key, default, entry in config.fields():
+        assert len(entry.metadata["doc"]) > 5, key
+        assert default == getattr(getattr(config.Config(), key.split(".")[0]), key.split(".")[1])

@@ -1,0 +1,99 @@
+"""How ranks find each other: torchrun's variables, Slurm's, or none; and how they agree."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from fdscale import UserError, dist
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID")
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist.torch_dist, "is_initialized", lambda: False)  # other tests may have left a group of one
+
+
+def test_one_process_needs_nothing() -> None:
+    assert (dist.rank(), dist.world(), dist.local_rank()) == (0, 1, 0)
+    assert dist.gather("x") == ["x"]
+    assert dist.any_rank(True)
+    assert not dist.any_rank(False)
+    assert dist.total(torch.ones(2)).tolist() == [1, 1]
+    dist.barrier()
+
+
+def test_torchrun_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert (dist.rank(), dist.world(), dist.local_rank()) == (5, 8, 1)
+    with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT is not: start with torchrun or srun"):
+        dist.init()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("gpu[003-010,020],login1", "gpu003"), ("a1,a2", "a1"), ("node-7", "node-7"), ("n[5]", "n5")]
+)
+def test_srun_is_understood(monkeypatch: pytest.MonkeyPatch, nodes: str, first: str) -> None:
+    slurm = {
+        "STEP_ID": "0",
+        "STEP_NUM_TASKS": "16",
+        "PROCID": "9",
+        "LOCALID": "1",
+        "JOB_ID": "40123",
+        "STEP_NODELIST": nodes,
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", "")  # no scontrol: the list is read here
+    assert (dist.rank(), dist.world(), dist.local_rank()) == (9, 16, 1)
+    environment = dist._environment()
+    assert environment["MASTER_ADDR"] == first
+    assert 1024 < int(environment["MASTER_PORT"]) < 65536
+
+
+def test_the_batch_script_itself_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert dist.world() == 1
+
+
+def _agree(rank: int, port: int, queue: mp.Queue) -> None:
+    import os
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    dist.init()
+    agreement = dist.Agreement(2)
+    seen = [agreement.exchange(rank == 1 and step == 2, False) for step in range(5)]
+    queue.put((rank, seen, dist.gather(rank), dist.any_rank(rank == 2), dist.total(torch.tensor([float(rank)])).item()))
+    dist.close()
+
+
+@pytest.mark.slow
+def test_flags_reach_all_ranks_one_step_later() -> None:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_agree, args=(rank, port, queue)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    found = sorted(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join(60)
+    no, yes = (False, False), (True, False)
+    for rank, (own, seen, gathered, anyone, total) in enumerate(found):
+        assert own == rank
+        assert seen == [no, no, no, yes, no]
+        assert gathered == [0, 1, 2]
+        assert anyone
+        assert total == 3.0
