@@ -1,0 +1,345 @@
+"""Checkpoints that are committed or absent, and that unpickle nothing.
+
+    RUN/checkpoints/latest                 the name of the newest committed checkpoint, replaced atomically
+    RUN/checkpoints/step-00000100/
+        rank-00000.safetensors             this rank's ranges: fp32/NAME, exp_avg/NAME, exp_avg_sq/NAME; buffer/NAME on
+        rank 0
+        state.json                         step, samples, optimizer step, parameter shapes and groups, identity of the
+        trajectory, config
+        manifest.json                      size and SHA-256 of every other file, world size, versions
+
+All ranks write under a temporary name and sync; then rank 0 writes the manifest and renames. A directory without the
+temporary name is complete, and its manifest proves it. Every file says which range of each flattened parameter it
+holds, so any number of ranks, at any ZeRO stage, can read what it needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdscale import UserError, __version__, config, dist
+from fdscale.engine import state as local
+from fdscale.run import write_atomically
+
+FORMAT = 1
+TEMPORARY = ".writing-"
+
+
+def name_of(step: int) -> str:
+    """Directory name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def save(
+    engine: Any, folder: Path, *, step: int, samples: int, identity: dict[str, Any], settings: config.Config, keep: int
+) -> Path:
+    """Write and commit the checkpoint of a step; a collective. Returns its directory.
+
+    identity: plain data that fixes the trajectory (see `config.trajectory`), compared at resume. Raises UserError where
+    writing fails; what was committed before stays as it was.
+    """
+    final = folder / name_of(step)
+    temporary = folder / f"{TEMPORARY}{name_of(step)}"
+    if dist.rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    entry, problem = None, ""
+    try:
+        entry = _write_rank(engine, temporary)
+    except (OSError, SafetensorError) as error:
+        problem = f"rank {dist.rank()} on {os.uname().nodename}: {error}"
+    gathered = dist.gather((entry, problem))
+    problems = [problem for _, problem in gathered if problem]
+    if not problems and dist.rank() == 0:
+        try:
+            _commit(
+                engine, temporary, final, [entry for entry, _ in gathered if entry], step, samples, identity, settings
+            )
+            _prune(folder, keep)
+        except OSError as error:
+            problems = [str(error)]
+    problems = dist.gather(problems)[0]
+    if problems:
+        if dist.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder} ({problems[0]}); earlier checkpoints "
+            "are intact"
+        )
+    return final
+
+
+def _write_rank(engine: Any, temporary: Path) -> dict[str, Any] | None:
+    """Write this rank's file; returns its manifest entry, or None when the rank holds nothing."""
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, list[int]] = {}
+    for part, values in local.read(engine):
+        index[part.name] = [part.start, part.length]
+        tensors.update({f"{key}/{part.name}": value.float().cpu().contiguous() for key, value in values.items()})
+    if dist.rank() == 0:
+        tensors.update(
+            {f"buffer/{name}": buffer.detach().cpu().contiguous() for name, buffer in local.buffers(engine).items()}
+        )
+    if not tensors:
+        return None
+    path = temporary / f"rank-{dist.rank():05d}.safetensors"
+    save_file(tensors, path, metadata={"ranges": json.dumps(index)})
+    _sync(path)
+    return _entry(path)
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {
+            "name": path.name,
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _commit(
+    engine: Any,
+    temporary: Path,
+    final: Path,
+    entries: list[dict[str, Any]],
+    step: int,
+    samples: int,
+    identity: dict[str, Any],
+    settings: config.Config,
+) -> None:
+    state = {
+        "format": FORMAT,
+        "step": step,
+        "samples": samples,
+        "optimizer_step": local.optimizer_step(engine),
+        "skipped_steps": engine.skipped_steps,
+        "identity": identity,
+        "parameters": {name: list(shape) for name, shape in local.names_and_shapes(engine).items()},
+        "buffers": sorted(local.buffers(engine)),
+        "groups": [
+            {key: group[key] for key in ("names", "lr", "lr_scale", "weight_decay")}
+            for group in engine.optimizer.param_groups
+        ],
+        "config": config.as_dict(settings),
+    }
+    write_atomically(temporary / "state.json", json.dumps(state))
+    manifest = {
+        "format": FORMAT,
+        "files": [*entries, _entry(temporary / "state.json")],
+        "world": dist.world(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "identity": config.digest(identity),
+        "versions": {"fdscale": __version__, "torch": torch.__version__, "deepspeed": _deepspeed_version()},
+    }
+    write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
+    _sync(temporary)
+    if final.exists():  # the same step again, after a resume from an earlier checkpoint
+        _discard(final)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    write_atomically(final.parent / "latest", final.name + "\n")
+
+
+def _deepspeed_version() -> str:
+    import deepspeed
+
+    return deepspeed.__version__
+
+
+def _prune(folder: Path, keep: int) -> None:
+    for old in committed(folder)[keep:]:
+        _discard(old)
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a committed directory.
+
+    First out of the namespace, so that a crash in the middle leaves no half under a committed name.
+    """
+    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted write left behind (rank 0, before training)."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def committed(folder: Path) -> list[Path]:
+    """Checkpoint directories, newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint directory, or None. contents: also compare the hash of every file."""
+    try:
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        if manifest["format"] > FORMAT:
+            newer = f"it has format {manifest['format']}, and this fdscale {__version__} reads up to {FORMAT}"
+            return f"{newer}: update fdscale"
+        for entry in manifest["files"]:
+            path = checkpoint / entry["name"]
+            if not path.is_file():
+                return f"{entry['name']} is missing"
+            if path.stat().st_size != entry["bytes"]:
+                return f"{entry['name']} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+            if contents and _entry(path)["sha256"] != entry["sha256"]:
+                return f"the content of {entry['name']} does not match its hash in the manifest"
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is not readable ({error})"
+    return None
+
+
+def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and one line for each newer one that does not.
+
+    A collective: rank 0 looks, all get its answer.
+    """
+    answer: tuple[Path | None, list[str]] = (None, [])
+    if dist.rank() == 0:
+        skipped: list[str] = []
+        for checkpoint in committed(folder):
+            problem = verify(checkpoint)
+            if problem is None:
+                answer = (checkpoint, skipped)
+                break
+            skipped.append(f"skipped {checkpoint}: {problem}")
+        else:
+            answer = (None, skipped)
+    return dist.gather(answer)[0]
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint. Raises UserError where it is no checkpoint."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint} is not a checkpoint of fdscale ({error}); expected a directory such as "
+            "RUN/checkpoints/step-00001000"
+        ) from None
+
+
+def check_identity(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse to continue a run as a different one; names the keys that differ."""
+    different = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
+    if different:
+        lines = "; ".join(
+            f"{key} was {json.dumps(saved.get(key))}, is {json.dumps(wanted.get(key))}" for key in different[:5]
+        )
+        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+        raise UserError(
+            f"{checkpoint} belongs to another run: {lines}{more}. Take the old values, or start in another --run "
+            "directory"
+        )
+
+
+class Reader:
+    """Reads ranges of flattened parameters out of the files of a checkpoint, whatever ranks wrote them."""
+
+    def __init__(self, checkpoint: Path):
+        self.state = read_state(checkpoint)
+        self._files = [safe_open(path, "pt") for path in sorted(checkpoint.glob("rank-*.safetensors"))]
+        self._where: dict[str, list[tuple[int, int, Any]]] = {}
+        for file in self._files:
+            for name, (start, length) in json.loads(file.metadata()["ranges"]).items():
+                self._where.setdefault(name, []).append((start, length, file))
+
+    def fetch(self, part: local.Range, key: str) -> Tensor:
+        """The elements of one range as a flat float32 CPU tensor.
+
+        Raises UserError where the checkpoint does not cover it.
+        """
+        out = torch.empty(part.length)
+        missing = part.length
+        for start, length, file in self._where.get(part.name, ()):
+            begin, end = max(start, part.start), min(start + length, part.start + part.length)
+            if begin < end:
+                piece = file.get_slice(f"{key}/{part.name}")[begin - start : end - start]
+                out[begin - part.start : end - part.start] = piece
+                missing -= end - begin
+        if missing:
+            raise UserError(f"the checkpoint holds no {key} for {missing} of {part.length} elements of {part.name}")
+        return out
+
+    def full(self, name: str, key: str = "fp32") -> Tensor:
+        """A whole parameter."""
+        shape = tuple(self.state["parameters"][name])
+        return self.fetch(local.Range(name, shape, 0, torch.Size(shape).numel()), key).view(shape)
+
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """All parameters, one at a time."""
+        for name in self.state["parameters"]:
+            yield name, self.full(name)
+
+    def buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """All persistent buffers."""
+        for name in self.state["buffers"]:
+            yield name, self._files[0].get_tensor(f"buffer/{name}")
+
+
+def load(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> tuple[int, int]:
+    """Put a checkpoint's state into the engine; a collective. Returns (step, samples).
+
+    Raises UserError where it belongs to another trajectory, or where anything in it would be dropped.
+    """
+    reader = Reader(checkpoint)
+    saved = reader.state
+    check_identity(saved["identity"], identity, checkpoint)
+    shapes = {name: list(shape) for name, shape in local.names_and_shapes(engine).items()}
+    if shapes != saved["parameters"]:
+        differing = sorted(
+            name
+            for name in shapes.keys() | saved["parameters"].keys()
+            if shapes.get(name) != saved["parameters"].get(name)
+        )
+        raise UserError(
+            f"{checkpoint} has other parameters than this model: {', '.join(differing[:5])} ({len(differing)} in all)"
+        )
+    groups = {name: (g["lr_scale"], g["weight_decay"]) for g in saved["groups"] for name in g["names"]}
+    for group in engine.optimizer.param_groups:
+        for name in group["names"]:
+            assert groups[name] == (group["lr_scale"], group["weight_decay"]), (
+                f"{name} changed its group without a change of the config"
+            )
+    local.write(engine, reader.fetch, saved["optimizer_step"])
+    own = local.buffers(engine)
+    for name, value in reader.buffers():
+        own[name].copy_(value)
+    engine.global_steps = saved["step"]
+    engine.global_samples = saved["samples"]
+    engine.skipped_steps = saved["skipped_steps"]
+    engine.micro_steps = saved["step"] * engine.gradient_accumulation_steps()
+    return saved["step"], saved["samples"]

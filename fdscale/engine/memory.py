@@ -1,0 +1,72 @@
+"""Memory policies, applied from outside to a backbone's `blocks()`: activation checkpointing and sequential
+self-attention.
+
+A policy replaces a block's `forward`; names, parameters and the state dict stay as they are. What a block computes does
+not change, since everything random in it (drop path) comes in as a tensor argument.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from fdscale import UserError
+
+
+def per_stage(values: Sequence[Any], depths: Sequence[int], key: str) -> list[Any]:
+    """One value per block from one value for all or one per stage. Raises UserError naming the config key."""
+    if len(values) not in (1, len(depths)):
+        raise UserError(
+            f"{key} has {len(values)} values; expected 1, or one for each of the {len(depths)} stages of this backbone"
+        )
+    expanded = list(values) * (len(depths) if len(values) == 1 else 1)
+    return [value for value, depth in zip(expanded, depths, strict=True) for _ in range(depth)]
+
+
+def apply(backbone: Any, checkpoint: Sequence[str] = ("none",), attention_chunk: Sequence[int] = (0,)) -> None:
+    """Set both policies on every block.
+
+    checkpoint: none | torch | deepspeed | fairscale | fairscale_offload, for all blocks or per stage. attention_chunk:
+    windows (SwinV2) or heads (ViT) whose attention is computed at a time, each chunk recomputed in backward; 0: all.
+    """
+    kinds = per_stage(checkpoint, backbone.depths, "memory.checkpoint")
+    chunks = per_stage(attention_chunk, backbone.depths, "memory.attention_chunk")
+    for block, kind, chunk in zip(backbone.blocks(), kinds, chunks, strict=True):
+        for module in block.modules():
+            if hasattr(module, "attention_chunk"):
+                module.attention_chunk = chunk
+        if kind != "none":
+            block.forward = _checkpointed(kind, block)
+
+
+def _checkpointed(kind: str, block: nn.Module) -> Callable[..., Any]:
+    forward = block.forward
+    if kind == "torch":
+        # Nothing inside a block draws random numbers, so there is no generator state to stash.
+        return functools.partial(torch_checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    if kind == "deepspeed":
+        return functools.partial(_deepspeed_checkpoint, block, forward)
+    try:
+        from fairscale.nn.checkpoint import checkpoint_wrapper
+    except ImportError:
+        raise UserError(
+            "memory.checkpoint asks for fairscale, which is not installed: pip install 'fdscale[fairscale]', or "
+            "choose torch"
+        ) from None
+    return checkpoint_wrapper(block, offload_to_cpu=kind == "fairscale_offload").forward
+
+
+def _deepspeed_checkpoint(block: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:
+    """DeepSpeed's checkpoint is reentrant, so it stays out without gradients; it wants a process group."""
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*args)
+    from deepspeed import checkpointing
+
+    if not checkpointing.is_configured():
+        checkpointing.configure(mpu_=None)
+    return checkpointing.checkpoint(forward, *args)

@@ -1,0 +1,21 @@
+"""The learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+
+def cosine(
+    step: int, *, steps: int, lr: float, min_lr: float = 0.0, warmup_steps: int = 0, warmup_lr: float = 0.0
+) -> float:
+    """Linear warm-up from warmup_lr to lr over warmup_steps, then the cosine of the whole run from lr to min_lr.
+
+    The cosine counts from step 0, not from the end of the warm-up, as timm's CosineLRScheduler(t_initial=steps,
+    warmup_t=warmup_steps, t_in_epochs=False) does, which the official repository uses. After the last step the rate
+    stays at min_lr.
+    """
+    if step < warmup_steps:
+        return warmup_lr + step * (lr - warmup_lr) / warmup_steps
+    if step >= steps:
+        return min_lr
+    return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * step / steps))

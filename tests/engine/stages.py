@@ -1,0 +1,110 @@
+"""Run by test_state.py under torchrun: train, take the state, put it into a new engine, train on; for every ZeRO stage.
+
+Prints one JSON line per configuration and rank: whether losses, norms and all state are bitwise those of never having
+stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+
+import torch
+from torch import nn
+
+from fdscale import dist
+from fdscale.engine import initialize as init
+from fdscale.engine import state
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+CASES = {
+    **{f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2, 3)},
+    **{f"zero{stage}-bf16": {"zero_optimization": {"stage": stage}, **BF16} for stage in (1, 2, 3)},
+    "zero3-bf16-offload": {"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16},
+    "zero3-partitioned": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
+}
+
+
+class Toy(nn.Module):
+    """Odd sizes, so that partitions end in the middle of parameters and are padded."""
+
+    depths = (2,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.n, self.c = nn.Linear(7, 13), nn.Linear(13, 11), nn.LayerNorm(11), nn.Linear(11, 3)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return ((self.c(self.n(self.b(torch.relu(self.a(x))))).float() - y) ** 2).mean()
+
+    def no_decay(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.ndim < 2}
+
+    def depth_of(self, name: str) -> int:
+        return "abnc".index(name[0])
+
+
+def first_value(name: str, shape: torch.Size) -> torch.Tensor:
+    seed = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
+
+
+def make(ds: dict) -> object:
+    with torch.device("meta"):
+        module = Toy()
+    sizes = {"batch_size": 16, "micro_batch": 4}
+    adam = {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip_grad": 0.5, "layer_decay": 0.8}
+    return init.initialize(module, first_value, ds, **sizes, **adam)
+
+
+def steps(engine: object, first: int, last: int) -> list[float]:
+    """Losses and norms of some steps; the batch of a step does not depend on the number of ranks."""
+    seen = []
+    dtype = next(engine.module.parameters()).dtype
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(16, 7, generator=generator), torch.randn(16, 3, generator=generator)
+        x, y = x[dist.rank() :: dist.world()], y[dist.rank() :: dist.world()]
+        for i in range(0, x.shape[0], 4):
+            loss = engine(x[i : i + 4].to(dtype), y[i : i + 4])
+            engine.backward(loss)
+            engine.step()
+            seen.append(loss.item())
+        seen.append(float(engine.get_global_grad_norm()))
+    return seen
+
+
+def snapshot(engine: object) -> dict[tuple[str, int, str], torch.Tensor]:
+    return {(part.name, part.start, key): v.clone() for part, values in state.read(engine) for key, v in values.items()}
+
+
+def main() -> None:
+    for name in sys.argv[1:] or CASES:
+        engine = make(CASES[name])
+        head = steps(engine, 0, 3)
+        taken, updates = snapshot(engine), state.optimizer_step(engine)
+        rest, final = steps(engine, 3, 6), snapshot(engine)
+        everything = {key: value for part in dist.gather(taken) for key, value in part.items()}
+        fresh = make(CASES[name])
+        state.write(fresh, lambda part, key, all_=everything: all_[part.name, part.start, key], updates)
+        again, refinal = steps(fresh, 3, 6), snapshot(fresh)
+        covered = {}
+        for (parameter, start, _), value in everything.items():
+            covered.setdefault(parameter, {})[start] = value.numel()
+        sizes = {n: int(torch.Size(s).numel()) for n, s in state.names_and_shapes(engine).items()}
+        result = {
+            "case": name,
+            "rank": dist.rank(),
+            "losses": rest == again,
+            "state": final.keys() == refinal.keys() and all(torch.equal(final[key], refinal[key]) for key in final),
+            "covered": {n: sum(parts.values()) for n, parts in covered.items()} == sizes,
+            "updates": updates,
+            "norms": [head[-1], rest[-1]],
+        }
+        print("\n" + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

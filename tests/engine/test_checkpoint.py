@@ -1,0 +1,172 @@
+"""Checkpoints as files: committed or absent, verified, walked back, pruned, and refused by name where they do not fit.
+
+The state comes from a real DeepSpeed engine on one rank; damage is done to the files by hand.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fdscale import UserError, config
+from fdscale.engine import checkpoint, state
+from fdscale.engine.initialize import initialize
+from fdscale.models import backbone
+from fdscale.models.layers import initial_value
+from fdscale.objective import Distiller
+
+ARGS = {
+    "img_size": 32,
+    "embed_dim": 16,
+    "depths": [2],
+    "num_heads": [2],
+    "window_size": 4,
+    "pretrained_window_sizes": [0],
+}
+IDENTITY = {"optim.lr": 1e-3, "data.seed": 0}
+
+
+def make_engine(seed: int = 0, width: int = 8) -> Any:
+    with torch.device("meta"):
+        module = Distiller(backbone("swin_v2", ARGS), width)
+    adam = {"lr": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip_grad": 3.0, "layer_decay": 0.9}
+    ds = {"zero_optimization": {"stage": 1}}
+
+    def first(name: str, shape: torch.Size) -> torch.Tensor:
+        return initial_value(module, name, shape, torch.float32, seed)
+
+    return initialize(module, first, ds, batch_size=4, micro_batch=4, **adam)
+
+
+@pytest.fixture(scope="module")
+def engine(process_group: None) -> Any:
+    made = make_engine()
+    for _ in range(2):
+        loss = made(torch.randn(4, 3, 32, 32), torch.randn(4, 64, 8), torch.arange(4))
+        made.backward(loss)
+        made.step()
+    return made
+
+
+def save(engine: Any, folder: Path, step: int = 2, keep: int = 3, identity: dict | None = None) -> Path:
+    settings = config.load("demo")
+    return checkpoint.save(
+        engine, folder, step=step, samples=4 * step, identity=identity or IDENTITY, settings=settings, keep=keep
+    )
+
+
+def test_what_is_written_is_complete_and_plain(engine: Any, tmp_path: Path) -> None:
+    path = save(engine, tmp_path)
+    assert (tmp_path / "latest").read_text().strip() == path.name == "step-00000002"
+    assert checkpoint.verify(path) is None
+    assert not list(tmp_path.glob(f"{checkpoint.TEMPORARY}*"))
+    assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}  # nothing that could be a pickle
+    reader = checkpoint.Reader(path)
+    for name, parameter in engine.module.named_parameters():
+        assert torch.equal(reader.full(name), parameter.detach()), name
+    assert not [name for name in load_file(path / "rank-00000.safetensors") if "teacher" in name]
+
+
+def test_a_fresh_engine_continues_bitwise(engine: Any, tmp_path: Path) -> None:
+    path = save(engine, tmp_path)
+    other = make_engine(seed=9)
+    assert checkpoint.load(other, path, IDENTITY) == (2, 8)
+    assert state.optimizer_step(other) == 2
+    before = {(part.name, key): value for part, values in state.read(engine) for key, value in values.items()}
+    for part, values in state.read(other):
+        for key, value in values.items():
+            assert torch.equal(before[part.name, key], value), (part.name, key)
+
+
+def test_ranges_can_be_read_across_files(engine: Any, tmp_path: Path) -> None:
+    reader = checkpoint.Reader(save(engine, tmp_path))
+    whole = reader.full("projector.weight").flatten()
+    piece = reader.fetch(state.Range("projector.weight", (8, 16), 5, 40), "fp32")
+    assert torch.equal(piece, whole[5:45])
+    with pytest.raises(UserError, match=r"holds no fp32 for 1 of 129 elements of projector\.weight"):
+        reader.fetch(state.Range("projector.weight", (8, 16), 0, 129), "fp32")
+
+
+def test_newest_valid_walks_back_and_says_why(engine: Any, tmp_path: Path) -> None:
+    steps = [save(engine, tmp_path, step, keep=9) for step in (1, 2, 3, 4, 5)]
+    weights = steps[4] / "rank-00000.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with (steps[3] / "rank-00000.safetensors").open("ab") as file:
+        file.truncate(1000)
+    (steps[2] / "state.json").unlink()
+    (steps[1] / "manifest.json").write_text("{")
+    found, skipped = checkpoint.newest_valid(tmp_path)
+    assert found == steps[0]
+    reasons = ("does not match its hash", "has 1000 bytes, the manifest says", "state.json is missing", "not readable")
+    for line, path, reason in zip(skipped, reversed(steps), reasons, strict=False):
+        assert str(path) in line
+        assert reason in line
+
+
+def test_keep_removes_the_oldest_only(engine: Any, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(engine, tmp_path, step, keep=2)
+    assert [path.name for path in checkpoint.committed(tmp_path)] == ["step-00000004", "step-00000003"]
+
+
+def test_a_step_can_be_saved_again(engine: Any, tmp_path: Path) -> None:
+    save(engine, tmp_path, 3)
+    path = save(engine, tmp_path, 3)
+    assert checkpoint.verify(path) is None
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_failing_disk_leaves_earlier_checkpoints(
+    engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(engine, tmp_path, 1)
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(
+        UserError, match=r"step 2 could not be written .* No space left .* earlier checkpoints are intact"
+    ):
+        save(engine, tmp_path, 2)
+    assert checkpoint.newest_valid(tmp_path)[0] == tmp_path / "step-00000001"
+    assert not list(tmp_path.glob(f"{checkpoint.TEMPORARY}*"))
+
+
+def test_leftovers_of_a_crash_are_swept_and_never_read(engine: Any, tmp_path: Path) -> None:
+    half = tmp_path / f"{checkpoint.TEMPORARY}step-00000007"
+    half.mkdir()
+    (half / "rank-00000.safetensors").write_bytes(b"half")
+    assert checkpoint.newest_valid(tmp_path) == (None, [])
+    checkpoint.sweep(tmp_path)
+    assert not half.exists()
+
+
+def test_another_run_is_refused_by_key(engine: Any, tmp_path: Path) -> None:
+    path = save(engine, tmp_path)
+    with pytest.raises(UserError, match=r"belongs to another run: optim\.lr was 0\.001, is 0\.002"):
+        checkpoint.load(engine, path, {**IDENTITY, "optim.lr": 2e-3})
+    with pytest.raises(UserError, match=r'optim\.layers was null, is "new"'):
+        checkpoint.load(engine, path, {**IDENTITY, "optim.layers": "new"})
+
+
+def test_other_parameters_are_refused_by_name(engine: Any, tmp_path: Path) -> None:
+    path = save(engine, tmp_path)
+    with pytest.raises(UserError, match=r"other parameters than this model: projector\.bias, projector\.weight"):
+        checkpoint.load(make_engine(width=12), path, IDENTITY)
+
+
+def test_a_newer_format_is_refused(engine: Any, tmp_path: Path) -> None:
+    path = save(engine, tmp_path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["format"] = 99
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    assert "update fdscale" in (checkpoint.verify(path) or "")

@@ -1,0 +1,88 @@
+"""The meter: exact averages, time that is not training left out, and divergence seen when it happens."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fdscale.engine.metrics import MAX_BAD_STEPS, Meter, Work, peak_flops
+
+WORK = Work(student=300, teacher=50, recomputed=100)
+
+
+def engine(norm: float = 0.5, applied: bool = True) -> SimpleNamespace:
+    """What the meter asks of DeepSpeed's engine."""
+    return SimpleNamespace(
+        get_global_grad_norm=lambda: norm,
+        was_step_applied=lambda: applied,
+        skipped_steps=3,
+        optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}]),
+    )
+
+
+def test_record_of_an_interval() -> None:
+    meter = Meter(batch_size=32, work=WORK, peak=1000.0)
+    for values in ((1.0, 2.0), (3.0, 6.0)):
+        for value in values:
+            meter.add(torch.tensor(value))
+        assert not meter.end_step(applied=True)
+    time.sleep(0.05)
+    meter.pause(0.04)
+    record = meter.read(engine())
+    assert record["loss"] == 3.0
+    assert (record["lr"], record["grad_norm"], record["skipped"]) == (0.2, 0.5, 3)
+    assert record["step_s"] * record["images_per_s"] == pytest.approx(32)
+    assert record["mfu"] == pytest.approx(record["images_per_s"] * 300 / 1000)
+    assert record["mfu_teacher"] / record["mfu"] == pytest.approx(50 / 300)
+    assert record["mfu_recomputed"] / record["mfu"] == pytest.approx(100 / 300)
+    meter.add(torch.tensor(7.0))
+    meter.end_step(applied=True)
+    assert meter.read(engine())["loss"] == 7.0
+
+
+def test_waiting_for_data_is_counted() -> None:
+    meter = Meter(8, WORK, None)
+
+    def slow():
+        time.sleep(0.03)
+        yield "batch"
+
+    assert meter.wait(slow()) == "batch"
+    meter.add(torch.tensor(1.0))
+    meter.end_step(applied=True)
+    record = meter.read(engine())
+    assert record["data_wait_s"] >= 0.03
+    assert "mfu" not in record
+
+
+def test_a_loss_that_went_into_the_weights_is_fatal() -> None:
+    meter = Meter(8, WORK, None)
+    meter.add(torch.tensor(math.nan))
+    assert meter.end_step(applied=True)
+    meter.read(engine())
+    assert not meter.healthy(engine())  # also after the interval was read
+
+
+def test_a_skipped_step_is_not_until_it_repeats() -> None:
+    meter = Meter(8, WORK, None)
+    verdicts = []
+    for _ in range(MAX_BAD_STEPS):
+        meter.add(torch.tensor(math.inf))
+        verdicts.append(meter.end_step(applied=False))
+    assert verdicts == [False] * (MAX_BAD_STEPS - 1) + [True]
+    assert meter.healthy(engine(applied=False))
+
+
+def test_a_broken_gradient_is_never_saved() -> None:
+    meter = Meter(8, WORK, None)
+    meter.add(torch.tensor(1.0))
+    assert not meter.end_step(applied=True)
+    assert not meter.healthy(engine(norm=math.inf))
+
+
+def test_no_peak_without_a_known_gpu() -> None:
+    assert peak_flops(torch.float32) is None
