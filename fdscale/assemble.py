@@ -1,0 +1,185 @@
+"""The parts of a distillation, from a config: data, teacher, student, and how they fit. Nothing here trains or writes.
+
+Everything that has to know what a recipe builds (training, planning, diagnosis, pictures) asks this module, so that all
+see the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdscale import UserError, config, dist
+from fdscale.data.augment import eval_view, train_view
+from fdscale.data.index import Index, open_index
+from fdscale.data.order import Order, check_world, default_lanes
+from fdscale.data.stream import Samples, batches, evaluation_batches
+from fdscale.engine import memory
+from fdscale.engine.initialize import accumulation
+from fdscale.engine.metrics import Work
+from fdscale.models import backbone as build_backbone
+from fdscale.models import convert
+from fdscale.models.layers import initial_value
+from fdscale.models.pairing import Pairing, pair
+from fdscale.models.teachers import Teacher, load_teacher
+from fdscale.objective import Distiller, whiten
+
+# The student's input, RGB: the ImageNet statistics that torchvision, timm and the official repository use.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """Everything a distillation is made of, before any of it trains; the module lives on the meta device."""
+
+    settings: config.Config  # with all lengths in steps
+    index: Index
+    lanes: int
+    teacher: Teacher
+    pairing: Pairing
+    module: Distiller
+
+
+def assemble(settings: config.Config, world: int) -> Parts:
+    """Check and build everything that needs no process group; raises UserError before anything is written."""
+    if not settings.data.shards:
+        raise UserError(
+            "data.shards is not set: --set data.shards=DIRECTORY_OR_PATTERN (make shards with `fdscale shards make`)"
+        )
+    accumulation(settings.optim.batch_size, settings.memory.micro_batch, world)
+    index = open_index(settings.data.shards, settings.data.index)
+    settings = config.in_steps(settings, index.samples)
+    lanes = settings.data.lanes or default_lanes(settings.optim.batch_size, len(index.names), index.samples)
+    if settings.optim.batch_size % lanes:
+        raise UserError(f"data.lanes {lanes} does not divide optim.batch_size {settings.optim.batch_size}")
+    check_world(lanes, world)
+    teacher = load_teacher(
+        settings.teacher.source,
+        weights=settings.teacher.weights,
+        image_size=settings.teacher.image_size,
+        args=settings.teacher.args,
+        dtype=settings.teacher.dtype,
+        feature=settings.teacher.feature,
+        key=settings.teacher.key,
+        mean=settings.teacher.mean,
+        std=settings.teacher.std,
+    )
+    return Parts(settings, index, lanes, teacher, *build_student(settings, teacher))
+
+
+def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, Distiller]:
+    """The pairing of tokens and the trainable module, on the meta device."""
+    size = (settings.data.image_size, settings.data.image_size)
+    with torch.device("meta"):
+        student = build_backbone(settings.student.model, {"img_size": size[0], **settings.student.args})
+        pairing = pair(
+            student.prefix, student.grid(size), teacher.prefix, teacher.grid(size), settings.teacher.resample
+        )
+        module = Distiller(student, teacher.width, settings.objective.beta, pairing.align_student)
+    student.drop_path_seed = settings.student.seed
+    memory.apply(student, settings.memory.checkpoint, settings.memory.attention_chunk)
+    return pairing, module
+
+
+def initial_values(settings: config.Config, module: Distiller) -> Callable[[str, torch.Size], Tensor]:
+    """First value of every parameter: from the given weights where there are any, else random by seed and name."""
+    loaded: dict[str, Tensor] = {}
+    if settings.student.weights:
+        size = settings.data.image_size
+        with torch.device("meta"):
+            holder = build_backbone(settings.student.model, {"img_size": size, **settings.student.args})
+        convert.load(holder, convert.read(settings.student.weights))
+        loaded = {f"backbone.{name}": parameter.detach() for name, parameter in holder.named_parameters()}
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if name in loaded:
+            return loaded[name].float()
+        return initial_value(module, name, shape, torch.float32, settings.student.seed)
+
+    return value
+
+
+def identity(parts: Parts, teacher_fingerprint: str) -> dict[str, Any]:
+    """What fixes the trajectory, as plain data: kept in every checkpoint and compared at resume."""
+    return {
+        **config.trajectory(parts.settings),
+        "data.lanes": parts.lanes,
+        "content of data.shards": parts.index.fingerprint,
+        "content of teacher.weights": teacher_fingerprint,
+    }
+
+
+def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 3, H, W) RGB in [0, 1], float32 -> the student's input."""
+    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
+    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    return ((images - mean) / std).to(dtype)
+
+
+def target_of(images: Tensor, teacher: Teacher, pairing: Pairing) -> Tensor:
+    """The whitened teacher tokens (B, L, T) that answer the student's, from RGB in [0, 1]."""
+    return whiten(pairing.align_teacher(teacher(images).float()))
+
+
+def train_stream(parts: Parts, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches of training views of the samples start .. stop - 1."""
+    data, settings = parts.settings.data, parts.settings
+    view = functools.partial(
+        train_view,
+        seed=data.seed,
+        size=data.image_size,
+        scale=data.scale,
+        ratio=data.ratio,
+        interpolation=data.interpolation,
+        flip=data.flip,
+    )
+    order = Order(parts.index.counts, seed=data.seed, lanes=parts.lanes, block=data.block)
+    return batches(
+        Samples(parts.index, order, view),
+        batch_size=settings.optim.batch_size,
+        micro_batch=settings.memory.micro_batch,
+        rank=dist.rank(),
+        world=dist.world(),
+        start=start,
+        stop=stop,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def heldout_stream(parts: Parts, index: Index) -> Iterator[dict[str, Any]]:
+    """This rank's micro-batches of centre views of the held-out samples, each exactly once over all ranks."""
+    data = parts.settings.data
+    return evaluation_batches(
+        index,
+        functools.partial(eval_view, size=data.image_size, interpolation=data.interpolation),
+        limit=data.heldout_samples,
+        micro_batch=parts.settings.memory.micro_batch,
+        rank=dist.rank(),
+        world=dist.world(),
+        workers=data.workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def to_device(images: Tensor) -> Tensor:
+    """(B, 3, H, W) uint8 from a stream -> RGB in [0, 1], float32, on this rank's device."""
+    return images.to(dist.device(), non_blocking=True).float() / 255
+
+
+def work_per_image(parts: Parts) -> Work:
+    """FLOPs of training on one image, for MFU."""
+    size = (parts.settings.data.image_size,) * 2
+    student = parts.module.backbone
+    forward = 2 * student.flops(size)
+    kinds = memory.per_stage(parts.settings.memory.checkpoint, student.depths, "memory.checkpoint")
+    # Blocks of a stage are alike, and in these networks stages cost nearly the same per block.
+    recomputed = forward * sum(kind != "none" for kind in kinds) // len(kinds)
+    return Work(student=3 * forward, teacher=2 * parts.teacher.flops(size), recomputed=recomputed)

@@ -1,0 +1,150 @@
+"""The command line: one verb per thing a person wants. No logic here, and nothing heavy is imported before a verb runs.
+
+Exit codes: 0 done, 1 a bug (with traceback), 2 something to put right (one line), 3 the loss diverged, 75 stopped by a
+signal after saving (start the same command again to go on), 130 a second Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from fdscale import UserError, __version__
+
+USAGE_ERROR = 2
+RAW = argparse.RawDescriptionHelpFormatter
+CORES = min(8, os.cpu_count() or 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="fdscale",
+        formatter_class=RAW,
+        description="Feature distillation at scale (arXiv 2205.14141).",
+        epilog="try:  fdscale recipes        what can be run\n"
+        "      fdscale doctor         what this machine can run\n"
+        "      fdscale VERB --help    an example of each verb",
+    )
+    top.add_argument("--version", action="version", version=f"fdscale {__version__}")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _distill(verbs)
+    _export(verbs)
+    _recipes(verbs)
+    _doctor(verbs)
+    _shards(verbs)
+    return top
+
+
+def _verb(
+    group: argparse._SubParsersAction, name: str, target: str, text: str, example: str
+) -> argparse.ArgumentParser:
+    """A verb that runs `target` (module:function, imported when it runs)."""
+    description = text[0].upper() + text[1:] + "."
+    epilog = f"example:\n  {example}"
+    sub = group.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=RAW)
+    sub.set_defaults(target=target)
+    return sub
+
+
+def _distill(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale distill clip_vit_base_300 --run runs/clip-b --ds ds_configs/zero1.json \\\n"
+        "    --set data.shards='/data/imagenet/train-{0000..0639}.tar' \\\n"
+        "    --set teacher.weights=/models/clip_vit_b16.safetensors\n"
+        "  The same command again goes on where the run stopped. On the 8 GPUs of a node:\n"
+        "  torchrun --nproc-per-node 8 -m fdscale.cli -- distill clip_vit_base_300 ..."
+    )
+    sub = _verb(
+        verbs, "distill", "fdscale.distill:main", "train a student on the features of a frozen teacher", example
+    )
+    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
+    sub.add_argument("--steps", type=int, metavar="N", help="stop after step N; the schedule keeps its shape")
+    setting = "override a key of the recipe, for example optim.lr=2e-4"
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+    ds = "DeepSpeed JSON: ZeRO stage, offload, precision (default: ZeRO 0 in float32)"
+    sub.add_argument("--ds", metavar="FILE", help=ds)
+    sub.add_argument("--resume", metavar="CHECKPOINT", help="start a new run from another run's checkpoint directory")
+
+
+def _export(verbs: argparse._SubParsersAction) -> None:
+    example = "fdscale export runs/clip-b student.safetensors --names timm"
+    sub = _verb(verbs, "export", "fdscale.export:main", "write a student's weights as safetensors", example)
+    sub.add_argument("source", help="run directory, or one checkpoint directory of it")
+    sub.add_argument("out", help="file to write (.safetensors)")
+    names = "parameter names: ours, microsoft's Swin V2 or BEiT's, or timm's (default: fdscale)"
+    sub.add_argument("--names", choices=("fdscale", "official", "timm"), default="fdscale", help=names)
+    sub.add_argument("--force", action="store_true", help="replace an existing file")
+
+
+def _recipes(verbs: argparse._SubParsersAction) -> None:
+    example = "fdscale recipes clip_vit_base_300"
+    sub = _verb(verbs, "recipes", "fdscale.catalog:main", "list the recipes, or show one", example)
+    sub.add_argument("recipe", nargs="?", help="show this one instead of the list")
+    sub.add_argument("--keys", action="store_true", help="list every key with its default and meaning")
+    sub.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _doctor(verbs: argparse._SubParsersAction) -> None:
+    text = "say what this machine can run and what is missing"
+    sub = _verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor")
+    sub.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _shards(verbs: argparse._SubParsersAction) -> None:
+    shards = verbs.add_parser("shards", help="make, index and verify WebDataset shards")
+    kinds = shards.add_subparsers(dest="what", metavar="WHAT", required=True)
+    where = "directory of the index (default: index/ beside the shards)"
+
+    def workers(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--workers", type=int, default=CORES, metavar="N", help=f"processes (default: {CORES})")
+
+    text = "pack an image folder or a CSV into shards"
+    sub = _verb(kinds, "make", "fdscale.pack:make", text, "fdscale shards make ~/photos shards/train")
+    sub.add_argument("source", help="folder of images (class subfolders give labels), or a CSV/TSV with a path column")
+    sub.add_argument("out", help="directory of the shards; must not exist")
+    sub.add_argument("--samples-per-shard", type=int, default=10000, metavar="N", help="default: 10000")
+    sub.add_argument("--seed", type=int, default=0, help="seed of the order in which samples are packed")
+    sub.add_argument("--index", metavar="DIR", help=where)
+    workers(sub)
+
+    example = "fdscale shards index '/data/train-{0000..0639}.tar' --index /scratch/train-index"
+    sub = _verb(kinds, "index", "fdscale.pack:index", "index existing shards; they are not touched", example)
+    sub.add_argument("shards", help="directory, glob or brace pattern")
+    sub.add_argument("--index", metavar="DIR", help=where)
+    workers(sub)
+
+    text = "read shards against their index and name every problem"
+    sub = _verb(kinds, "verify", "fdscale.pack:verify", text, "fdscale shards verify shards/train --decode")
+    sub.add_argument("shards", help="directory, glob or brace pattern")
+    sub.add_argument("--index", metavar="DIR", help=where)
+    sub.add_argument("--decode", action="store_true", help="also decode every image")
+    sub.add_argument("--json", action="store_true", help="machine-readable output")
+    workers(sub)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # torchrun's own parser stumbles over --run (it has --run-path) on Python 3.11, unless `--` stands before the verb.
+    arguments = vars(parser().parse_args(words[1:] if words[:1] == ["--"] else words))
+    for key in ("verb", "what"):
+        arguments.pop(key, None)
+    module, _, function = arguments.pop("target").partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)(**arguments) or 0
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        print(f"fdscale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        return USAGE_ERROR
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,224 @@
+"""The main job: train a student on the whitened features of a frozen teacher."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdscale import UserError, config, dist
+from fdscale.assemble import (
+    Parts,
+    assemble,
+    heldout_stream,
+    identity,
+    initial_values,
+    normalise,
+    target_of,
+    to_device,
+    train_stream,
+    work_per_image,
+)
+from fdscale.data.index import open_index
+from fdscale.engine import checkpoint
+from fdscale.engine.initialize import bf16, initialize, read_ds_config
+from fdscale.engine.metrics import Meter, peak_flops
+from fdscale.engine.schedule import cosine
+from fdscale.objective import feature_loss
+from fdscale.run import Run
+from fdscale.train import TrainState, train
+
+DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes, see docs/running.md
+
+
+def main(recipe: str, run: str, steps: int | None, set: list[str], ds: str | None, resume: str | None) -> int:
+    """`fdscale distill`."""
+    code = distill(config.load(recipe, set), Path(run), ds=ds, stop_at=steps, resume=resume)
+    dist.close()
+    return code
+
+
+class HeldOut:
+    """Held-out loss, beside that of a trivial predictor: the training set's mean token, predicted everywhere."""
+
+    def __init__(self, parts: Parts, dtype: torch.dtype):
+        data = parts.settings.data
+        self._parts, self._dtype = parts, dtype
+        self._index = open_index(data.heldout_shards, data.heldout_index) if data.heldout_shards else None
+        self._constant: Tensor | None = None
+
+    def __call__(self, engine: Any) -> dict[str, Any]:
+        """The record of one evaluation; a collective. Empty where there is no held-out set."""
+        if self._index is None:
+            return {}
+        if self._constant is None:
+            self._constant = self._mean_training_token()
+        parts, beta = self._parts, self._parts.settings.objective.beta
+        sums = torch.zeros(3, dtype=torch.float64, device=dist.device())
+        engine.eval()
+        with torch.no_grad():
+            for batch in heldout_stream(parts, self._index):
+                images, weights = to_device(batch["images"]), batch["weights"].to(dist.device())
+                target = target_of(images, parts.teacher, parts.pairing)
+                loss = engine(normalise(images, self._dtype), target, None, weights)
+                trivial = feature_loss(self._constant.expand_as(target), target, beta, weights)
+                sums += torch.stack([loss.double(), trivial.double(), weights.sum().double()])
+        engine.train()
+        loss, trivial, count = dist.total(sums).tolist()
+        return {"heldout_loss": loss / count, "heldout_trivial": trivial / count}
+
+    def _mean_training_token(self) -> Tensor:
+        """(T,) over as many training samples as there are held-out ones; a collective."""
+        parts = self._parts
+        wanted = min(parts.settings.data.heldout_samples, parts.index.samples)
+        sums = torch.zeros(parts.teacher.width + 1, dtype=torch.float64, device=dist.device())
+        for batch in train_stream(parts, 0, wanted):
+            target = target_of(to_device(batch["images"]), parts.teacher, parts.pairing).flatten(0, 1)
+            sums[:-1] += target.double().sum(0)
+            sums[-1] += target.shape[0]
+        sums = dist.total(sums)
+        return (sums[:-1] / sums[-1]).float()
+
+
+def open_checkpoint(run: Run, resume: str | None) -> Path | None:
+    """Where to go on: the run's own newest valid checkpoint, else the given one.
+
+    The caller falls back to initial weights.
+    """
+    own, skipped = checkpoint.newest_valid(run.directory / "checkpoints")
+    for line in skipped:
+        run.say(f"[yellow]{line}[/yellow]")
+    if own is None and skipped:
+        raise UserError(
+            f"none of the checkpoints in {run.directory / 'checkpoints'} is valid ({skipped[0]}); start in another "
+            "--run directory, or remove them"
+        )
+    if own is not None or resume is None:
+        return own
+    problem = checkpoint.verify(Path(resume))
+    if problem:
+        raise UserError(f"--resume {resume}: {problem}")
+    return Path(resume)
+
+
+def distill(
+    settings: config.Config,
+    directory: Path,
+    *,
+    ds: str | None = None,
+    stop_at: int | None = None,
+    resume: str | None = None,
+) -> int:
+    """Run or continue a distillation; returns the process's exit code."""
+    if stop_at is not None and stop_at < 0:
+        raise UserError(f"--steps must not be negative, got {stop_at}")
+    ds_config = read_ds_config(ds)
+    parts = assemble(settings, dist.world())
+    settings = parts.settings
+    dist.init()
+    wanted = identity(parts, parts.teacher.fingerprint())
+    run = Run(directory, settings)
+    start = open_checkpoint(run, resume)
+    if start is not None:
+        checkpoint.check_identity(checkpoint.read_state(start)["identity"], wanted, start)
+    optim, schedule = settings.optim, settings.schedule
+    engine = initialize(
+        parts.module,
+        initial_values(settings, parts.module) if start is None else lambda name, shape: torch.zeros(shape),
+        ds_config,
+        batch_size=optim.batch_size,
+        micro_batch=settings.memory.micro_batch,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        betas=optim.betas,
+        eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        layer_decay=optim.layer_decay,
+    )
+    state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
+    assert schedule.steps is not None
+    last = min(schedule.steps, schedule.steps if stop_at is None else stop_at)
+    parts.teacher.to(dist.device())
+    run.open({"ds_config": ds_config, "resumed_from": str(start) if start else None, "step": state.step})
+    with run:
+        checkpoint.sweep(directory / "checkpoints")
+        _announce(run, parts, start, state, last)
+        _train(engine, parts, run, state, last, wanted, torch.bfloat16 if bf16(ds_config) else torch.float32)
+    if run.diverged:
+        run.say(f"[red]the loss is not finite at step {state.step}; the last committed checkpoint is from before[/red]")
+        return DIVERGED
+    if run.stopped_by:
+        run.say(f"stopped by {run.stopped_by} at step {state.step}, saved; the same command goes on from here")
+        return STOPPED
+    return DONE
+
+
+def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, last: int) -> None:
+    count = sum(
+        parameter.numel() if not hasattr(parameter, "ds_numel") else parameter.ds_numel
+        for parameter in parts.module.parameters()
+    )
+    run.say(
+        f"{parts.settings.teacher.source} -> {parts.settings.student.model}, {count / 1e6:.1f} M trained parameters, "
+        f"{parts.index.samples} samples in {len(parts.index.names)} shards, {parts.lanes} lanes, {dist.world()} rank(s)"
+    )
+    if start is not None:
+        run.say(f"resumed from {start}: step {state.step}, sample {state.samples}")
+    if state.step >= last:
+        run.say(f"nothing to do: step {state.step} of {last} is reached")
+
+
+def _train(
+    engine: Any, parts: Parts, run: Run, state: TrainState, last: int, wanted: dict[str, Any], dtype: torch.dtype
+) -> None:
+    settings = parts.settings
+    optim, schedule = settings.optim, settings.schedule
+
+    def prepare(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        run.log_samples(batch["numbers"].tolist(), batch["origin"])
+        images = to_device(batch["images"])
+        return (
+            normalise(images, dtype),
+            target_of(images, parts.teacher, parts.pairing),
+            batch["numbers"].to(dist.device()),
+        )
+
+    heldout = HeldOut(parts, dtype)
+    if state.step == 0 and last > 0 and (record := heldout(engine)):
+        run.log({"step": 0, "samples": 0, **record})
+    run.start_progress(state.step, last)
+    stream = train_stream(parts, state.samples, last * optim.batch_size)
+    lr = functools.partial(
+        cosine,
+        steps=schedule.steps,
+        lr=optim.lr,
+        min_lr=schedule.min_lr,
+        warmup_steps=schedule.warmup_steps or 0,
+        warmup_lr=schedule.warmup_lr,
+    )
+    save = functools.partial(_save, engine, run, wanted)
+    meter = Meter(optim.batch_size, work_per_image(parts), peak_flops(dtype))
+    try:
+        train(
+            engine, stream, prepare, state, run, meter,
+            stop_at=last, batch_size=optim.batch_size, schedule=lr, save=save,
+            evaluate=lambda: heldout(engine), logging=settings.log, saving=settings.save,
+        )  # fmt: skip
+    finally:
+        stream.close()
+
+
+def _save(engine: Any, run: Run, wanted: dict[str, Any], state: TrainState) -> None:
+    settings = run.settings
+    checkpoint.save(
+        engine,
+        run.directory / "checkpoints",
+        step=state.step,
+        samples=state.samples,
+        identity=wanted,
+        settings=settings,
+        keep=settings.save.keep,
+    )

@@ -1,0 +1,114 @@
+"""`fdscale doctor`: what this machine can run, what is missing, and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as json_module
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from fdscale.engine.initialize import prepare_environment
+
+APEX = (
+    "optional: NVIDIA's apex, for its fused LayerNorm and optimizers. It is not on PyPI (`pip install apex` is "
+    "another program); "
+    "build it from https://github.com/NVIDIA/apex. Without it torch's own are used"
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line: `ok`, `missing` (something will not work) or `optional` (everything works without it)."""
+
+    state: str
+    what: str
+    detail: str
+
+
+def main(json: bool) -> int:
+    """`fdscale doctor`; exit code 2 when something needed is missing."""
+    findings = examine()
+    if json:
+        print(json_module.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        console = Console(highlight=False)
+        colours = {"ok": "green", "missing": "red", "optional": "yellow"}
+        for finding in findings:
+            mark = f"[{colours[finding.state]}]{finding.state:<8}[/{colours[finding.state]}]"
+            console.print(f"{mark} {finding.what:<14} {escape(finding.detail)}", soft_wrap=True)
+    return 2 if any(finding.state == "missing" for finding in findings) else 0
+
+
+def examine() -> list[Finding]:
+    """All findings, most basic first."""
+    prepared = _prepared()
+    return [
+        _python(),
+        *(_package(name) for name in ("torch", "torchvision", "deepspeed", "timm", "webdataset")),
+        _device(),
+        prepared,
+        *_optional(),
+    ]
+
+
+def _python() -> Finding:
+    version = ".".join(map(str, sys.version_info[:3]))
+    good = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    return Finding("ok" if good else "missing", "python", version if good else f"{version}; tested on 3.11 to 3.13")
+
+
+def _package(name: str) -> Finding:
+    try:
+        return Finding("ok", name, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding("missing", name, f"pip install {name}, or install the versions of requirements.lock")
+
+
+def _device() -> Finding:
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return Finding("ok", "device", f"{len(names)} x {names[0]}, CUDA {torch.version.cuda}, nccl; bf16 and float32")
+    return Finding("ok", "device", f"no GPU: CPU with {os.cpu_count()} cores and gloo; every command works, slowly")
+
+
+def _prepared() -> Finding:
+    try:
+        prepare_environment()
+    except ValueError as error:
+        return Finding("missing", "C++ compiler", str(error))
+    ninja = shutil.which("ninja")
+    if ninja is None:
+        return Finding("missing", "ninja", "pip install ninja (DeepSpeed builds a small C++ op with it)")
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    return Finding(
+        "ok",
+        "build tools",
+        f"{compiler or 'no compiler, none needed with a GPU'}, {ninja}",
+    )
+
+
+def _optional() -> list[Finding]:
+    hints = {
+        "apex": APEX,
+        "fairscale": "optional: activation checkpointing with CPU offload; pip install 'fdscale[fairscale]'",
+        "tensorboard": "optional: curves; pip install 'fdscale[tensorboard]'",
+        "wandb": "optional: logging to Weights & Biases; pip install 'fdscale[wandb]'",
+        "matplotlib": "optional: the demo's picture; pip install 'fdscale[demo]'",
+    }
+    findings = []
+    for name, hint in hints.items():
+        found = importlib.util.find_spec(name) is not None
+        if name == "apex" and found and importlib.util.find_spec("apex.normalization") is None:
+            findings.append(
+                Finding("optional", name, "the installed package called apex is not NVIDIA's and is not used; " + hint)
+            )
+        else:
+            findings.append(Finding("ok" if found else "optional", name, "found" if found else hint))
+    return findings

@@ -1,0 +1,90 @@
+"""The loop that every kind of training shares. Tasks differ in the module, the batches and `prepare`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fdscale import dist
+from fdscale.config import Log, Save
+from fdscale.engine.metrics import Meter
+from fdscale.engine.optim import set_lr
+from fdscale.run import Run
+
+
+@dataclass
+class TrainState:
+    """All of a run's own state: everything else is a function of it, or lives in the engine."""
+
+    step: int = 0
+    samples: int = 0
+
+
+def train(
+    engine: Any,
+    batches: Iterator[Any],
+    prepare: Callable[[Any], tuple[Any, ...]],
+    state: TrainState,
+    run: Run,
+    meter: Meter,
+    *,
+    stop_at: int,
+    batch_size: int,
+    schedule: Callable[[int], float],
+    save: Callable[[TrainState], object],
+    evaluate: Callable[[], dict[str, Any]],
+    logging: Log,
+    saving: Save,
+) -> None:
+    """Train until step `stop_at` (or a signal, or divergence), then save.
+
+    batches yields micro-batches; prepare turns one into the module's arguments; the module returns the loss.
+    """
+    saved_at = state.step
+    while state.step < stop_at and not run.should_stop(state.step):
+        set_lr(engine.optimizer, schedule(state.step))
+        for _ in range(engine.gradient_accumulation_steps()):
+            loss = engine(*prepare(meter.wait(batches)))
+            engine.backward(loss)
+            engine.step()
+            meter.add(loss)
+        state.step += 1
+        state.samples += batch_size
+        run.advance(state.step)
+        run.report_nonfinite(meter.end_step(engine.was_step_applied()))
+
+        due = due_at(state.step, stop_at)
+        heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
+        if due(logging.every) or heldout:
+            run.log({"step": state.step, "samples": state.samples, **meter.read(engine), **heldout})
+        if state.step % saving.every == 0 and healthy(run, meter, engine):
+            aside(meter, lambda: save(state))
+            saved_at = state.step
+    if state.step > saved_at and healthy(run, meter, engine):
+        save(state)
+
+
+def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
+    """Whether something that happens every so many steps happens after this one; it always does after the last."""
+    return lambda every: step % every == 0 or step == stop_at
+
+
+def aside(meter: Meter, work: Callable[[], Any]) -> Any:
+    """Do something that is not training, without counting its time as training."""
+    start = time.perf_counter()
+    try:
+        return work()
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        meter.pause(time.perf_counter() - start)
+
+
+def healthy(run: Run, meter: Meter, engine: Any) -> bool:
+    """Whether no rank has seen a non-finite loss; what has diverged is never saved. A collective."""
+    run.diverged |= dist.any_rank(not meter.healthy(engine))
+    return not run.diverged

@@ -1,0 +1,99 @@
+"""The import rules of docs/design.md, read from the source: imports flow one way and heavy packages have one home."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fdscale"
+
+APPS = {"assemble", "distill", "export", "catalog", "doctor", "pack", "demo", "bench"}
+# part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
+MAY_IMPORT = {
+    "kernels": set(),
+    "dist": set(),
+    "strict": set(),
+    "config": {"strict"},
+    "data": set(),
+    "models": {"kernels"},
+    "objective": {"kernels"},
+    "run": {"config", "dist"},
+    "engine": {"config", "dist", "run"},
+    "train": {"engine", "run", "config", "dist"},
+    "diagnose": {"models", "data"},
+    "cli": {"config", *APPS},
+    **{
+        app: {"train", "models", "data", "objective", "engine", "run", "diagnose", "config", "dist", *APPS}
+        for app in APPS
+    },
+}
+HOMES = {  # package -> files that may import it
+    "deepspeed": ("engine/",),
+    "triton": ("kernels/",),
+    "timm": ("models/teachers.py", "models/frozen.py", "demo.py", "bench/"),
+    "open_clip": ("models/teachers.py",),
+    "matplotlib": ("diagnose/plots.py",),
+    "fairscale": ("engine/memory.py",),
+    "webdataset": ("data/", "bench/"),
+}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, also inside functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module or ""
+            if node.module == "fdscale":
+                yield from (f"fdscale.{alias.name}" for alias in node.names)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path: Path) -> None:
+    part = part_of(path)
+    if part == "__init__":
+        assert not [name for name in imports(path) if name.startswith("fdscale")]
+        return
+    assert part in MAY_IMPORT, f"{part} has no place in the import rules: add it here and in docs/design.md"
+    ours = {name.split(".")[1] for name in imports(path) if name.startswith("fdscale.")}
+    forbidden = ours - MAY_IMPORT[part] - {part, "UserError", "__version__"}
+    assert not forbidden, f"{path} imports {forbidden}, which {part} must not know"
+
+
+@pytest.mark.parametrize("package", HOMES)
+def test_heavy_packages_have_one_home(package: str) -> None:
+    users = [
+        path.relative_to(PACKAGE).as_posix() for path in FILES if any(n.split(".")[0] == package for n in imports(path))
+    ]
+    strangers = [user for user in users if not user.startswith(HOMES[package])]
+    assert not strangers, f"{package} belongs in {HOMES[package]}"
+
+
+def test_files_and_functions_stay_small() -> None:
+    """Good trees of this field have no tail: no 440-line main, no 350-line constructor."""
+    for path in FILES:
+        text = path.read_text()
+        assert text.count("\n") <= 420, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno <= 75, f"{path}: {node.name}"
+
+
+def test_public_definitions_are_documented() -> None:
+    for path in FILES:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path}: {node.name}"

@@ -1,0 +1,143 @@
+"""Every recipe: its student's size as published, its effective numbers as the official repository's, two real steps.
+
+The two steps run on a variant that keeps the recipe's structure (architecture, position scheme, teacher family, pairing
+of tokens, schedule shape) and shrinks widths, depths, images and batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdscale import config
+from fdscale.catalog import parameters
+from fdscale.distill import distill
+
+# Backbone parameters. SwinV2-B and G as verified against the official model; ViT with one shared position table and
+# without k bias: 12 (or 24) blocks of 12 C^2 + 14 C, patch and cls embedding, final norm and the table.
+COUNTS = {
+    "clip_vit_base_100": 85_665_360,
+    "clip_vit_base_300": 85_665_360,
+    "clip_vit_large_300": 302_955_584,
+    "deit_vit_base_300": 85_665_360,
+    "dino_vit_base_300": 85_665_360,
+    "esvit_swinv2_base_300": 86_893_816,
+    "swinv2_g": 2_997_843_680,
+}
+
+
+def vit_count(width: int, depth: int, patch: int, heads: int, grid: int) -> int:
+    block = 4 * width**2 + 3 * width + 8 * width**2 + 5 * width + 4 * width + 2 * width  # attention, mlp, norms, scales
+    embeddings = 3 * patch**2 * width + width + width + 2 * width
+    return depth * block + embeddings + ((2 * grid - 1) ** 2 + 3) * heads
+
+
+def test_all_recipes_are_counted() -> None:
+    assert set(config.recipes()) == {*COUNTS, "demo"}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_parameters_on_the_meta_device(name: str) -> None:
+    assert parameters(config.load(name)) == COUNTS[name]
+
+
+def test_vit_counts_are_the_closed_form() -> None:
+    assert vit_count(768, 12, 16, 12, 14) == COUNTS["clip_vit_base_300"]
+    assert vit_count(1024, 24, 14, 16, 16) == COUNTS["clip_vit_large_300"]
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "drop_path", "min_scale", "base_lr", "warmup_base", "min_base"),
+    [
+        ("clip_vit_base_100", 100, 0.1, 0.67, 3e-4, 5e-7, 5e-6),
+        ("clip_vit_base_300", 300, 0.2, 0.08, 3e-4, 5e-7, 5e-6),
+        ("clip_vit_large_300", 300, 0.3, 0.08, 3e-4, 5e-7, 5e-6),
+        ("deit_vit_base_300", 300, 0.3, 0.08, 3e-4, 5e-7, 5e-6),
+        ("dino_vit_base_300", 300, 0.3, 0.08, 3e-4, 5e-7, 5e-6),
+        ("esvit_swinv2_base_300", 300, 0.3, 0.08, 2e-4, 1e-6, 1e-5),
+    ],
+)
+def test_effective_numbers_are_the_official_ones(
+    name: str, epochs: int, drop_path: float, min_scale: float, base_lr: float, warmup_base: float, min_base: float
+) -> None:
+    """SwinTransformer/Feature-Distillation configs/pretrain: rates are given per 512 samples, the batch is 16 x 128."""
+    settings = config.load(name)
+    scale = settings.optim.batch_size / 512
+    assert settings.optim.batch_size == 2048
+    assert settings.optim.lr == pytest.approx(base_lr * scale)
+    assert settings.schedule.warmup_lr == pytest.approx(warmup_base * scale)
+    assert settings.schedule.min_lr == pytest.approx(min_base * scale)
+    assert (settings.schedule.epochs, settings.schedule.warmup_epochs) == (epochs, 10)
+    assert settings.student.args["drop_path_rate"] == drop_path
+    assert settings.data.scale == (min_scale, 1.0)
+    assert (settings.optim.weight_decay, settings.optim.clip_grad, settings.objective.beta) == (0.05, 3.0, 2.0)
+    assert settings.data.interpolation == "bilinear"
+
+
+@pytest.mark.parametrize("name", [*COUNTS, "demo"])
+def test_the_header_says_source_command_and_expectation(name: str) -> None:
+    text = config.recipes()[name].read_text()
+    for part in ("# Source:", "# Command:", "# Expected:"):
+        assert part in text
+
+
+# Widths, depths and images; the rest stays as the recipe has it.
+SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SHRINK: dict[str, dict] = {
+    "clip_vit_base_100": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
+    "clip_vit_base_300": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
+    "clip_vit_large_300": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 28},
+    "deit_vit_base_300": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
+    "dino_vit_base_300": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
+    "esvit_swinv2_base_300": {
+        "student": {"embed_dim": 16, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+        "teacher": {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+        "image_size": 64,
+    },
+    "swinv2_g": {
+        "student": {"embed_dim": 16, "depths": [1, 1, 6, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+        "teacher": {
+            "img_size": 64,
+            "embed_dim": 16,
+            "depths": [1, 1, 6, 1],
+            "num_heads": [1, 1, 2, 2],
+            "window_size": 4,
+        },
+        "image_size": 64,
+    },
+    "demo": {
+        "student": {"embed_dim": 16, "num_heads": [1, 1, 2, 2], "window_size": 4},
+        "teacher": {},
+        "image_size": 64,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHRINK)
+def test_a_tiny_variant_takes_two_real_steps(name: str, shards: Path, tmp_path: Path, process_group: None) -> None:
+    settings, small = config.load(name), SHRINK[name]
+    change = dataclasses.replace
+    image = {"img_size": small["image_size"]} if settings.student.model == "vit" else {}
+    teacher_args = {**settings.teacher.args, **small["teacher"], **image}
+    if settings.teacher.source.startswith("timm:swin"):
+        teacher_args["img_size"] = small["image_size"]
+    settings = change(
+        settings,
+        student=change(settings.student, args={**settings.student.args, **small["student"]}),
+        teacher=change(settings.teacher, args=teacher_args, weights="random", key=None),
+        data=change(settings.data, shards=str(shards), image_size=small["image_size"], workers=0),
+        optim=change(settings.optim, batch_size=4),
+        schedule=change(settings.schedule, steps=2, epochs=None, warmup_steps=1, warmup_epochs=None),
+        memory=change(settings.memory, micro_batch=2),
+        log=change(settings.log, every=1, tensorboard=False),
+    )
+    assert distill(settings, tmp_path / "run") == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(0 < record["loss"] < 2 and record["grad_norm"] > 0 for record in records)
+    assert torch.isfinite(torch.tensor([record["loss"] for record in records])).all()
