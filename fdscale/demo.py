@@ -194,7 +194,7 @@ def draw(settings: config.Config, out: Path) -> None:
         "A SwinV2 student learns the feature maps of a frozen teacher",
         "Colours: the three main directions (PCA) of the teacher's whitened features in these photographs, as red,\n"
         "green and blue. The student's maps use the same directions and range: like colours mean like features.",
-        out / "features.png",
+        out / "features.jpg",
     )
 
 
@@ -233,14 +233,14 @@ Done in {seconds:.0f} s. Smooth-L1 of the student's prediction to the teacher's 
     step     training     held-out     constant
 {table}
 
-  training   random crops of {len(TRAIN)} photographs, mean since the line before in the run's log
+  training   random crops of {len(TRAIN)} photographs, mean over the steps since the last line of the log
   held-out   {len(HELD_OUT)} other photographs, which were never trained on: {", ".join(HELD_OUT)}
   constant   the same {len(HELD_OUT)}, if the training photographs' mean token were predicted everywhere
 
 {verdict(held[-1]["heldout_loss"], held[-1]["heldout_trivial"])}
 {len(TRAIN)} photographs demonstrate the machinery; they are no benchmark.
 
-  picture            {out / "features.png"}
+  picture            {out / "features.jpg"}
   exported student   {out / "student.safetensors"}
   run directory      {out / "run"}   (config.yaml, metrics.jsonl, checkpoints/, tensorboard/)
 

@@ -31,6 +31,7 @@ from fdscale.objective import feature_loss
 from fdscale.run import Run
 from fdscale.train import TrainState, train
 
+MEAN_VIEWS = 256  # fewer make the mean token noisy, and a trivial predictor that is easily beaten
 DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes, see docs/running.md
 
 
@@ -71,9 +72,9 @@ class HeldOut:
         return {"heldout_loss": loss / count, "heldout_trivial": trivial / count}
 
     def _mean_training_token(self) -> Tensor:
-        """(T,) over as many training samples as there are held-out ones; a collective."""
+        """(T,) over as many training views as there are held-out samples, but at least MEAN_VIEWS; a collective."""
         parts = self._parts
-        wanted = min(parts.settings.data.heldout_samples, parts.index.samples)
+        wanted = max(MEAN_VIEWS, min(parts.settings.data.heldout_samples, parts.index.samples))
         sums = torch.zeros(parts.teacher.width + 1, dtype=torch.float64, device=dist.device())
         for batch in train_stream(parts, 0, wanted):
             target = target_of(to_device(batch["images"]), parts.teacher, parts.pairing).flatten(0, 1)

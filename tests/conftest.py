@@ -27,6 +27,7 @@ TINY = (
     "teacher.args={img_size: 64, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}",
     "teacher.weights=random",
     "teacher.resample=null",
+    "teacher.feature=last",
     "data.image_size=64",
     "data.workers=1",
     "data.block=4",

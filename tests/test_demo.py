@@ -42,7 +42,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     few = ("schedule.steps=4", "schedule.warmup_steps=1", "data.image_size=64", "optim.batch_size=4")
     done = run_demo("--out", out, "--first", 2, *sets(*few, "memory.micro_batch=4", "log.every=1"))
     assert done.returncode == 0, done.stdout + done.stderr
-    return out, done.stdout
+    return out, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_exported_student_loads_into_the_same_backbone(made: tuple[Path, str]) -
 
 @pytest.mark.slow
 def test_picture_is_not_blank(made: tuple[Path, str]) -> None:
-    path = made[0] / "features.png"
+    path = made[0] / "features.jpg"
     with Image.open(path) as image:
         pixels = np.asarray(image.convert("RGB")).astype(float)
     assert min(pixels.shape[:2]) > 500

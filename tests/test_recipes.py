@@ -110,7 +110,7 @@ SHRINK: dict[str, dict] = {
         "image_size": 64,
     },
     "demo": {
-        "student": {"embed_dim": 16, "num_heads": [1, 1, 2, 2], "window_size": 4},
+        "student": {"embed_dim": 16, "num_heads": [1, 2], "window_size": 4},
         "teacher": {},
         "image_size": 64,
     },

@@ -42,7 +42,7 @@ def picture_table(
     caption: str,
     path: Path,
 ) -> None:
-    """A table of square pictures (side, side, 3) in [0, 1], written to `path`; the sides may differ.
+    """A table of square pictures (side, side, 3) in [0, 1], written to the .jpg `path`; sides may differ.
 
     labels: of the rows; columns: heads of the columns. Small pictures are enlarged smoothly.
     """
@@ -62,5 +62,5 @@ def picture_table(
     middle = (left + width - gap) / 2 / width
     figure.text(middle, 1 - 0.2 / height, title, ha="center", va="center", fontsize=13, weight="bold")
     figure.text(middle, bottom / 2 / height, caption, ha="center", va="center", fontsize=9, color="0.25")
-    figure.savefig(path, dpi=DPI)
+    figure.savefig(path, dpi=120, pil_kwargs={"quality": 90, "subsampling": 0})
     plt.close(figure)

@@ -221,6 +221,8 @@ def initialize(
     if stage(ds) == 0:
         optimizer.register_step_pre_hook(lambda opt, args, kwargs: _clip(opt, clip_grad))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    if stage(ds) == 0 and dist.world() == 1:
+        engine.enable_backward_allreduce = False  # nothing to reduce, and it would copy every gradient twice
     return engine
 
 

@@ -203,7 +203,7 @@ def _timm_last(network: nn.Module, images: Tensor, norm: str | None) -> Tensor:
 
 
 def _timm_map(network: nn.Module, images: Tensor, index: int) -> Tensor:
-    options = {"norm": False, "output_fmt": "NCHW", "intermediates_only": True}
+    options = {"norm": False, "output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
     return network.forward_intermediates(images, indices=[index], **options)[0]
 
 
