@@ -114,6 +114,12 @@ class Optim:
     betas: tuple[float, float] = option((0.9, 0.999), "AdamW moment decays", low=0.0, high=1.0)
     eps: float = option(1e-8, "AdamW epsilon", low=0.0)
     clip_grad: float = option(3.0, "global gradient norm bound; 0: none", low=0.0)
+    fused: str = option(
+        "torch",
+        "whose fused AdamW updates the weights: torch's, or NVIDIA's apex",
+        choices=("torch", "apex"),
+        neutral=True,
+    )
     layer_decay: float = option(
         1.0, "learning rate factor per layer from the output to the input; 1: none", low=1e-3, high=1.0
     )

@@ -138,6 +138,7 @@ def distill(
         eps=optim.eps,
         clip_grad=optim.clip_grad,
         layer_decay=optim.layer_decay,
+        fused=optim.fused,
     )
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
     assert schedule.steps is not None

@@ -17,9 +17,8 @@ from rich.markup import escape
 from fdscale.engine.initialize import prepare_environment
 
 APEX = (
-    "optional: NVIDIA's apex, for its fused LayerNorm and optimizers. It is not on PyPI (`pip install apex` is "
-    "another program); "
-    "build it from https://github.com/NVIDIA/apex. Without it torch's own are used"
+    "optional: NVIDIA's apex, for its fused AdamW (--set optim.fused=apex). It is not on PyPI (`pip install apex` is "
+    "another program); build it from https://github.com/NVIDIA/apex. Without it torch's fused AdamW is used"
 )
 
 

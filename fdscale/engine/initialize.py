@@ -185,6 +185,7 @@ def initialize(
     eps: float,
     clip_grad: float,
     layer_decay: float,
+    fused: str = "torch",
 ) -> Any:
     """Materialise a module that lives on the meta device and hand it to DeepSpeed.
 
@@ -217,7 +218,7 @@ def initialize(
     for group in groups:
         group["params"] = [parameters[name] for name in group["names"]]
     offload = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    optimizer = adamw(groups, betas, eps, offloaded=offload != "none")
+    optimizer = adamw(groups, betas, eps, offloaded=offload != "none", fused=fused)
     if stage(ds) == 0:
         optimizer.register_step_pre_hook(lambda opt, args, kwargs: _clip(opt, clip_grad))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

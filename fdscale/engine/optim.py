@@ -55,11 +55,28 @@ def set_lr(optimizer: Any, lr: float) -> None:
 
 
 def adamw(
-    groups: list[dict[str, Any]], betas: tuple[float, float], eps: float, offloaded: bool
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float],
+    eps: float,
+    *,
+    offloaded: bool = False,
+    fused: str = "torch",
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, or DeepSpeed's CPU one where the optimizer state is offloaded to host memory."""
+    """AdamW: torch's fused one, NVIDIA's apex's, or DeepSpeed's CPU one where the optimizer state is offloaded.
+
+    Raises UserError when apex is asked for and is not there.
+    """
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
+    if fused == "apex":
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError:
+            raise UserError(
+                "optim.fused is apex, but NVIDIA's apex is not installed (`fdscale doctor` says how to get it); "
+                "--set optim.fused=torch does without"
+            ) from None
+        return FusedAdam(groups, betas=betas, eps=eps, adam_w_mode=True)
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)

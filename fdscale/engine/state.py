@@ -128,7 +128,8 @@ def _write_stage3(parameter: Any, key: str, value: Tensor) -> None:
 
 def optimizer_step(engine: Any) -> int:
     """How many updates AdamW has made (its bias correction), 0 before the first."""
-    steps = {int(state["step"]) for state in _base_optimizer(engine).state.values() if "step" in state}
+    base = _base_optimizer(engine)
+    steps = {int(holder["step"]) for holder in (*base.state.values(), *base.param_groups) if "step" in holder}
     assert len(steps) <= 1, f"parameters disagree on the number of updates: {sorted(steps)}"
     return steps.pop() if steps else 0
 
@@ -151,10 +152,15 @@ def _masters(engine: Any) -> list[Tensor]:
 def _create_moments(engine: Any, step: int) -> None:
     """AdamW creates its state at the first step; a resumed run needs it before."""
     base = _base_optimizer(engine)
-    fused = isinstance(base, torch.optim.AdamW)
+    per_group = type(base).__module__.startswith("apex")  # counts updates per group, the others per parameter
+    for group in base.param_groups if per_group else ():
+        group["step"] = step
     for master in _masters(engine):
         state = base.state[master]
-        state["step"] = torch.tensor(float(step), device=master.device) if fused else step
+        if isinstance(base, torch.optim.AdamW):
+            state["step"] = torch.tensor(float(step), device=master.device)
+        elif not per_group:
+            state["step"] = step
         for key in KEYS[1:]:
             if key not in state:
                 state[key] = torch.zeros_like(master)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+import types
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ CASES = {
     **{f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2, 3)},
     **{f"zero{stage}-bf16": {"zero_optimization": {"stage": stage}, **BF16} for stage in (1, 2, 3)},
     "zero3-bf16-offload": {"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16},
+    "zero0-apex": {"zero_optimization": {"stage": 0}},
     "zero3-partitioned": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
 }
 
@@ -51,10 +53,43 @@ def first_value(name: str, shape: torch.Size) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
-def make(ds: dict) -> object:
+class ApexLike(torch.optim.Optimizer):
+    """Where apex's FusedAdam keeps things: the number of updates in the group, the moments in the parameter's state.
+
+    apex itself needs a GPU; this stand-in only shows that its layout is read and written.
+    """
+
+    def __init__(self, params: list, betas: tuple, eps: float, adam_w_mode: bool) -> None:
+        assert adam_w_mode
+        super().__init__(params, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            (one, two), count = group["betas"], group["step"]
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state.update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+                state["exp_avg"].mul_(one).add_(p.grad, alpha=1 - one)
+                state["exp_avg_sq"].mul_(two).addcmul_(p.grad, p.grad, value=1 - two)
+                root = (state["exp_avg_sq"] / (1 - two**count)).sqrt() + group["eps"]
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(state["exp_avg"] / (1 - one**count) / root * group["lr"])
+
+
+ApexLike.__module__ = "apex.optimizers"
+
+
+def make(ds: dict, apex: bool = False) -> object:
     with torch.device("meta"):
         module = Toy()
-    sizes = {"batch_size": 16, "micro_batch": 4}
+    if apex:
+        sys.modules["apex"] = types.ModuleType("apex")
+        sys.modules["apex.optimizers"] = types.ModuleType("apex.optimizers")
+        sys.modules["apex.optimizers"].FusedAdam = ApexLike
+    sizes = {"batch_size": 16, "micro_batch": 4, "fused": "apex" if apex else "torch"}
     adam = {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip_grad": 0.5, "layer_decay": 0.8}
     return init.initialize(module, first_value, ds, **sizes, **adam)
 
@@ -82,12 +117,12 @@ def snapshot(engine: object) -> dict[tuple[str, int, str], torch.Tensor]:
 
 def main() -> None:
     for name in sys.argv[1:] or CASES:
-        engine = make(CASES[name])
+        engine = make(CASES[name], apex=name == "zero0-apex")
         head = steps(engine, 0, 3)
         taken, updates = snapshot(engine), state.optimizer_step(engine)
         rest, final = steps(engine, 3, 6), snapshot(engine)
         everything = {key: value for part in dist.gather(taken) for key, value in part.items()}
-        fresh = make(CASES[name])
+        fresh = make(CASES[name], apex=name == "zero0-apex")
         state.write(fresh, lambda part, key, all_=everything: all_[part.name, part.start, key], updates)
         again, refinal = steps(fresh, 3, 6), snapshot(fresh)
         covered = {}

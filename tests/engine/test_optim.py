@@ -71,10 +71,15 @@ def test_vit_rules_are_the_official_ones() -> None:
 
 def test_set_lr_keeps_the_layers_scales() -> None:
     student = backbone("vit", VIT)
-    optimizer = adamw(param_groups(student, 1.0, 0.05, 0.5), (0.9, 0.999), 1e-8, offloaded=False)
+    optimizer = adamw(param_groups(student, 1.0, 0.05, 0.5), (0.9, 0.999), 1e-8)
     set_lr(optimizer, 0.25)
     assert all(group["lr"] == pytest.approx(0.25 * group["lr_scale"]) for group in optimizer.param_groups)
     assert max(group["lr"] for group in optimizer.param_groups) == 0.25
+
+
+def test_apex_that_is_missing_is_named() -> None:
+    with pytest.raises(UserError, match=r"optim\.fused is apex, but NVIDIA's apex is not installed"):
+        adamw([], (0.9, 0.999), 1e-8, fused="apex")
 
 
 def test_a_rule_for_no_parameter_is_an_error() -> None:
@@ -88,7 +93,7 @@ def test_adamw_is_the_closed_form() -> None:
     """Loshchilov and Hutter 2019, algorithm 2, three steps in float64 by hand."""
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
     groups = [{"params": [weight], "names": ["w"], "lr": 0.1, "lr_scale": 1.0, "weight_decay": 0.05}]
-    optimizer = adamw(groups, (0.9, 0.999), 1e-8, offloaded=False)
+    optimizer = adamw(groups, (0.9, 0.999), 1e-8)
     w, m, v = weight.detach().double().clone(), torch.zeros(3).double(), torch.zeros(3).double()
     for step in range(1, 4):
         g = torch.tensor([0.1, -0.2, 0.3]).double() * step

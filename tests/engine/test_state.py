@@ -14,7 +14,17 @@ import pytest
 from conftest import outside
 
 HERE = Path(__file__).resolve().parent
-CASES = ["zero0", "zero1", "zero2", "zero3", "zero1-bf16", "zero2-bf16", "zero3-bf16", "zero3-partitioned"]
+CASES = [
+    "zero0",
+    "zero1",
+    "zero2",
+    "zero3",
+    "zero1-bf16",
+    "zero2-bf16",
+    "zero3-bf16",
+    "zero3-partitioned",
+    "zero0-apex",
+]
 
 
 def results(ranks: int, *cases: str) -> list[dict]:
