@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,8 @@ def prepare_environment() -> None:
         "torch.utils.cpp_extension",
     ):  # "No CUDA runtime is found" on every CPU machine with nvcc
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    # DeepSpeed calls collectives under names that torch is about to change; at ZeRO-3 that is two lines a step.
+    warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
 
 def initialize(

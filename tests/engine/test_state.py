@@ -50,3 +50,13 @@ def test_state_moves_bitwise_under_every_stage() -> None:
             reference = reference or result["norms"]
             tolerance = 2e-2 if "bf16" in result["case"] else 1e-5
             assert result["norms"] == pytest.approx(reference, rel=tolerance), where
+
+
+@pytest.mark.slow
+def test_state_moves_bitwise_with_the_optimizer_on_the_host() -> None:
+    """DeepSpeed builds its CPU Adam at first use, which takes a minute or two."""
+    (result,) = results(1, "zero3-bf16-offload")
+    assert result["losses"]
+    assert result["state"]
+    assert result["covered"]
+    assert result["updates"] == 3
