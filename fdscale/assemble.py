@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -40,7 +41,7 @@ class Parts:
 
     settings: config.Config  # with all lengths in steps
     index: Index
-    lanes: int
+    order: Order
     teacher: Teacher
     pairing: Pairing
     module: Distiller
@@ -52,6 +53,8 @@ def assemble(settings: config.Config, world: int) -> Parts:
         raise UserError(
             "data.shards is not set: --set data.shards=DIRECTORY_OR_PATTERN (make shards with `fdscale shards make`)"
         )
+    if settings.log.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError("log.wandb is set, but wandb is missing: pip install 'fdscale[wandb]', or --set log.wandb=null")
     accumulation(settings.optim.batch_size, settings.memory.micro_batch, world)
     index = open_index(settings.data.shards, settings.data.index)
     settings = config.in_steps(settings, index.samples)
@@ -59,6 +62,7 @@ def assemble(settings: config.Config, world: int) -> Parts:
     if settings.optim.batch_size % lanes:
         raise UserError(f"data.lanes {lanes} does not divide optim.batch_size {settings.optim.batch_size}")
     check_world(lanes, world)
+    order = Order(index.counts, seed=settings.data.seed, lanes=lanes, block=settings.data.block)
     teacher = load_teacher(
         settings.teacher.source,
         weights=settings.teacher.weights,
@@ -70,7 +74,7 @@ def assemble(settings: config.Config, world: int) -> Parts:
         mean=settings.teacher.mean,
         std=settings.teacher.std,
     )
-    return Parts(settings, index, lanes, teacher, *build_student(settings, teacher))
+    return Parts(settings, index, order, teacher, *build_student(settings, teacher))
 
 
 def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, Distiller]:
@@ -109,7 +113,7 @@ def identity(parts: Parts, teacher_fingerprint: str) -> dict[str, Any]:
     """What fixes the trajectory, as plain data: kept in every checkpoint and compared at resume."""
     return {
         **config.trajectory(parts.settings),
-        "data.lanes": parts.lanes,
+        "data.lanes": parts.order.lanes,
         "content of data.shards": parts.index.fingerprint,
         "content of teacher.weights": teacher_fingerprint,
     }
@@ -117,9 +121,14 @@ def identity(parts: Parts, teacher_fingerprint: str) -> dict[str, Any]:
 
 def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
     """(B, 3, H, W) RGB in [0, 1], float32 -> the student's input."""
-    mean = torch.tensor(MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, device=images.device).view(3, 1, 1)
+    mean, std = _statistics(images.device)
     return ((images - mean) / std).to(dtype)
+
+
+@functools.lru_cache(maxsize=8)
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """MEAN and STD on a device, (3, 1, 1); made once, since making them waits for the device."""
+    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
 
 
 def target_of(images: Tensor, teacher: Teacher, pairing: Pairing) -> Tensor:
@@ -139,9 +148,8 @@ def train_stream(parts: Parts, start: int, stop: int) -> Iterator[dict[str, Any]
         interpolation=data.interpolation,
         flip=data.flip,
     )
-    order = Order(parts.index.counts, seed=data.seed, lanes=parts.lanes, block=data.block)
     return batches(
-        Samples(parts.index, order, view),
+        Samples(parts.index, parts.order, view),
         batch_size=settings.optim.batch_size,
         micro_batch=settings.memory.micro_batch,
         rank=dist.rank(),

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from fdscale import UserError, __version__
 
 USAGE_ERROR = 2
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
 RAW = argparse.RawDescriptionHelpFormatter
 CORES = min(8, os.cpu_count() or 1)
 
@@ -141,6 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         print(f"fdscale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         return USAGE_ERROR
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in PEER_GONE):
+            raise
+        print(f"fdscale: rank {os.environ.get('RANK', '0')}: another rank ended; its message says why", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -37,7 +37,7 @@ class Student:
     weights: str | None = option(
         None, "file of initial weights; null: random, as the paper's students (official repository, issue 2)"
     )
-    seed: int = option(0, "seed of initial weights and drop path", low=0)
+    seed: int = option(0, "seed of initial weights and drop path", low=0, high=2**63 - 1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Data:
     heldout_samples: int = option(
         5000, "samples: evaluate on the first so many of the held-out set", low=1, neutral=True
     )
-    seed: int = option(0, "seed of sample order and augmentation", low=0)
+    seed: int = option(0, "seed of sample order and augmentation", low=0, high=2**63 - 1)
     lanes: int | None = option(
         None, "sequential readers that the order is woven from; null: chosen from batch and shards", low=1
     )
@@ -111,7 +111,7 @@ class Optim:
     batch_size: int = option(2048, "samples per step over all ranks", low=1)
     lr: float = option(1.2e-3, "peak learning rate, already scaled to the batch", low=0.0)
     weight_decay: float = option(0.05, "decoupled weight decay of matrices", low=0.0)
-    betas: tuple[float, float] = option((0.9, 0.999), "AdamW moment decays", low=0.0, high=1.0)
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW moment decays", low=0.0, high=0.999999)
     eps: float = option(1e-8, "AdamW epsilon", low=0.0)
     clip_grad: float = option(3.0, "global gradient norm bound; 0: none", low=0.0)
     fused: str = option(

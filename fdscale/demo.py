@@ -30,7 +30,7 @@ from fdscale.models import convert
 from fdscale.models.teachers import Teacher
 from fdscale.objective import Distiller, whiten
 
-# Package and file of each photograph; all have a clear licence (docs/data.md).
+# Package and file of each photograph; sources and licences are in docs/data.md.
 HELD_OUT = {
     "china": ("sklearn", "datasets/images/china.jpg"),
     "coffee": ("skimage", "data/coffee.png"),

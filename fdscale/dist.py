@@ -33,7 +33,7 @@ def world() -> int:
 
 def local_rank() -> int:
     """Number of this process on its node."""
-    return int(_environment().get("LOCAL_RANK", 0))
+    return int(os.environ.get("LOCAL_RANK") or _environment().get("LOCAL_RANK") or 0)
 
 
 def device() -> torch.device:
@@ -95,7 +95,7 @@ def init(timeout_s: float = 1800.0) -> None:
             )
         os.environ.update(env)
         if cuda:
-            torch.cuda.set_device(device())
+            _choose_gpu()
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -103,6 +103,19 @@ def init(timeout_s: float = 1800.0) -> None:
             "nccl" if cuda else "gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     _host_group = torch_dist.new_group(backend="gloo", timeout=timeout) if cuda else torch_dist.group.WORLD
+
+
+def _choose_gpu() -> None:
+    """Make LOCAL_RANK the number of this rank's GPU among those it can see; DeepSpeed reads it too.
+
+    Under `srun --gpus-per-task=1` every task sees a single GPU, whatever its local rank.
+    """
+    visible = torch.cuda.device_count()
+    if visible == 1:
+        os.environ["LOCAL_RANK"] = "0"
+    elif local_rank() >= visible:
+        raise UserError(f"local rank {local_rank()} has no GPU: {visible} are visible; start one rank per GPU")
+    torch.cuda.set_device(device())
 
 
 def close() -> None:
@@ -113,18 +126,12 @@ def close() -> None:
     _host_group = None
 
 
-def barrier() -> None:
-    """Wait for all ranks (host side)."""
-    if world() > 1:
-        torch_dist.barrier(group=_host_group)
-
-
 def gather(value: Any) -> list[Any]:
     """One plain Python value of every rank, in rank order, on all ranks.
 
     The values travel between our own processes only, never through a file.
     """
-    if world() == 1:
+    if world() == 1 or not torch_dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world()
     torch_dist.all_gather_object(values, value, group=_host_group)
@@ -133,7 +140,7 @@ def gather(value: Any) -> list[Any]:
 
 def total(tensor: torch.Tensor) -> torch.Tensor:
     """Sum over ranks, in place, on the tensor's own device."""
-    if world() > 1:
+    if world() > 1 and torch_dist.is_initialized():
         torch_dist.all_reduce(tensor, group=_host_group if tensor.device.type == "cpu" else None)
     return tensor
 

@@ -91,17 +91,19 @@ def open_checkpoint(run: Run, resume: str | None) -> Path | None:
     """
     own, skipped = checkpoint.newest_valid(run.directory / "checkpoints")
     for line in skipped:
-        run.say(f"[yellow]{line}[/yellow]")
+        run.say(line, "yellow")
     if own is None and skipped:
         raise UserError(
             f"none of the checkpoints in {run.directory / 'checkpoints'} is valid ({skipped[0]}); start in another "
             "--run directory, or remove them"
         )
+    if own is not None and resume is not None:
+        run.say(f"--resume is left aside: the run goes on from its own {own}", "yellow")
     if own is not None or resume is None:
         return own
-    problem = checkpoint.verify(Path(resume))
+    problem = checkpoint.verify_once(Path(resume))
     if problem:
-        raise UserError(f"--resume {resume}: {problem}")
+        raise UserError(f"--resume {resume}: {problem}; expected a directory such as RUN/checkpoints/step-00001000")
     return Path(resume)
 
 
@@ -146,14 +148,15 @@ def distill(
     parts.teacher.to(dist.device())
     run.open({"ds_config": ds_config, "resumed_from": str(start) if start else None, "step": state.step})
     with run:
-        checkpoint.sweep(directory / "checkpoints")
+        if dist.rank() == 0:
+            checkpoint.sweep(directory / "checkpoints")
         _announce(run, parts, start, state, last)
         _train(engine, parts, run, state, last, wanted, torch.bfloat16 if bf16(ds_config) else torch.float32)
     if run.diverged:
-        run.say(f"[red]the loss is not finite at step {state.step}; the last committed checkpoint is from before[/red]")
+        run.say(f"the loss is not finite at step {state.step}; nothing was saved since it broke", "red")
         return DIVERGED
     if run.stopped_by:
-        run.say(f"stopped by {run.stopped_by} at step {state.step}, saved; the same command goes on from here")
+        run.say(f"stopped by {run.stopped_by} at step {state.step}; the same command goes on from here")
         return STOPPED
     return DONE
 
@@ -165,7 +168,8 @@ def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, las
     )
     run.say(
         f"{parts.settings.teacher.source} -> {parts.settings.student.model}, {count / 1e6:.1f} M trained parameters, "
-        f"{parts.index.samples} samples in {len(parts.index.names)} shards, {parts.lanes} lanes, {dist.world()} rank(s)"
+        f"{parts.index.samples} samples in {len(parts.index.names)} shards, {parts.order.lanes} lanes, "
+        f"{dist.world()} rank(s)"
     )
     if start is not None:
         run.say(f"resumed from {start}: step {state.step}, sample {state.samples}")
@@ -185,7 +189,7 @@ def _train(
         return (
             normalise(images, dtype),
             target_of(images, parts.teacher, parts.pairing),
-            batch["numbers"].to(dist.device()),
+            batch["numbers"].to(dist.device(), non_blocking=True),
         )
 
     heldout = HeldOut(parts, dtype)

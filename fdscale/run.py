@@ -1,6 +1,6 @@
 """A run: its directory, what it writes about itself, and when it must stop.
 
-Run directory: config.yaml (resolved, reproduces the run), environment.json (one entry per start), metrics.jsonl,
+Run directory: config.yaml (resolved, reproduces the run), environment.jsonl (one line per start), metrics.jsonl,
 samples-RANK.log when asked, tensorboard/, checkpoints/ (see `fdscale.engine.checkpoint`), and what export puts there.
 """
 
@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import signal
 import subprocess
 import sys
@@ -63,23 +64,27 @@ class Run:
                 with (self.directory / "environment.jsonl").open("a") as file:
                     file.write(json.dumps(snapshot) + "\n")
                 self._sinks = self._open_sinks()
-            except OSError as error:
-                problem = f"cannot write the run directory {self.directory}: {error.strerror or error}"
-        problem = dist.gather(problem)[0]
-        if problem:
-            raise UserError(problem)
-        if self.settings.log.samples:
-            self._samples = (self.directory / f"samples-{dist.rank()}.log").open("a", buffering=1)
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                problem = f"cannot write the run directory {self.directory}: {error}"
+        self._raise_together(problem)
+        try:
+            if self.settings.log.samples:
+                self._samples = (self.directory / f"samples-{dist.rank()}.log").open("a", buffering=1)
+        except OSError as error:
+            problem = f"cannot write the log of samples: {error}"
+        self._raise_together(problem)
+
+    def _raise_together(self, problem: str) -> None:
+        """Raise on all ranks what went wrong on one; a collective."""
+        problems = [text for text in dist.gather(problem) if text]
+        if problems:
+            raise UserError(problems[0])
 
     def _open_sinks(self) -> list[Any]:
         sinks: list[Any] = [_JsonLines(self.directory / "metrics.jsonl")]
         if self.settings.log.tensorboard and importlib.util.find_spec("tensorboard"):
             sinks.append(_TensorBoard(self.directory / "tensorboard"))
         if self.settings.log.wandb:
-            if not importlib.util.find_spec("wandb"):
-                raise UserError(
-                    "log.wandb is set but the package is missing: pip install 'fdscale[wandb]', or --set log.wandb=null"
-                )
             sinks.append(_Wandb(self.settings.log.wandb, self.directory, config.as_dict(self.settings)))
         return sinks
 
@@ -128,10 +133,12 @@ class Run:
     # -- logging -------------------------------------------------------------------------------------------------------
     # --------------
 
-    def say(self, text: str) -> None:
-        """One line for a person, from rank 0."""
+    def say(self, text: str, style: str | None = None) -> None:
+        """One line for a person, from rank 0. style: a colour, such as red."""
         if dist.rank() == 0:
-            (self._progress.console if self._progress is not None else self.console).print(text, soft_wrap=True)
+            (self._progress.console if self._progress is not None else self.console).print(
+                text, soft_wrap=True, markup=False, style=style
+            )
 
     def start_progress(self, done: int, total: int) -> None:
         """Show a live bar over steps (rank 0)."""
@@ -175,7 +182,10 @@ class Run:
 
 class _JsonLines:
     def __init__(self, path: Path):
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
         self._file = path.open("a", buffering=1)
+        if torn:  # a crash cut the last line; the next one must not become part of it
+            self._file.write("\n")
 
     def write(self, values: dict[str, Any]) -> None:
         finite = {
@@ -207,8 +217,16 @@ class _Wandb:
     def __init__(self, project: str, directory: Path, settings: dict[str, Any]):
         import wandb
 
+        known = directory / "wandb-id"  # directory names repeat; the id of a run must not
+        if not known.exists():
+            write_atomically(known, secrets.token_hex(8))
         self._run = wandb.init(
-            project=project, dir=str(directory), name=directory.name, config=settings, resume="allow", id=directory.name
+            project=project,
+            dir=str(directory),
+            name=directory.name,
+            config=settings,
+            resume="allow",
+            id=known.read_text().strip(),
         )
 
     def write(self, values: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -122,6 +123,8 @@ def _check_bounds(value: Any, metadata: Mapping[str, Any], where: str) -> None:
                 f"{where} must be one of {', '.join(str(c) for c in choices if c is not None)}, got "
                 f"{_show(item)}{nearest(str(item), map(str, choices))}"
             )
+        if isinstance(item, float) and math.isinf(item):
+            raise UserError(f"{where} must be finite, got {item} ({metadata['doc']})")
         if isinstance(item, (int, float)) and not isinstance(item, bool):
             # NaN compares false with everything, so the test is written as "not inside".
             if low is not None and not item >= low:

@@ -61,11 +61,15 @@ def train(
         heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
         if due(logging.every) or heldout:
             run.log({"step": state.step, "samples": state.samples, **meter.read(engine), **heldout})
-        if state.step % saving.every == 0 and healthy(run, meter, engine):
+        if state.step % saving.every == 0 and healthy(meter, engine):
             aside(meter, lambda: save(state))
             saved_at = state.step
-    if state.step > saved_at and healthy(run, meter, engine):
-        save(state)
+    if meter.steps:  # stopped between two log lines
+        run.log({"step": state.step, "samples": state.samples, **meter.read(engine)})
+    if state.step > saved_at and not run.diverged:
+        run.diverged = not healthy(meter, engine)
+        if not run.diverged:
+            save(state)
 
 
 def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
@@ -75,16 +79,20 @@ def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
 
 def aside(meter: Meter, work: Callable[[], Any]) -> Any:
     """Do something that is not training, without counting its time as training."""
+    _synchronise()  # what is queued still counts as training
     start = time.perf_counter()
     try:
         return work()
     finally:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        _synchronise()
         meter.pause(time.perf_counter() - start)
 
 
-def healthy(run: Run, meter: Meter, engine: Any) -> bool:
-    """Whether no rank has seen a non-finite loss; what has diverged is never saved. A collective."""
-    run.diverged |= dist.any_rank(not meter.healthy(engine))
-    return not run.diverged
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def healthy(meter: Meter, engine: Any) -> bool:
+    """Whether all ranks' state may be saved: broken weights never are. A collective."""
+    return not dist.any_rank(not meter.healthy(engine))

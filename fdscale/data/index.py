@@ -94,7 +94,13 @@ class Index:
         if offset == 0:
             raise UserError(f"{self.names[shard]}: sample '{self.key(shard, row)}' has no .{' or .'.join(extensions)}")
         file = self._files.get(shard, self._open)
-        data = _pread(file, BLOCK + size, offset - BLOCK)
+        try:
+            data = _pread(file, BLOCK + size, offset - BLOCK)
+        except OSError as error:
+            where = f"sample '{self.key(shard, row)}' at byte {offset}"
+            raise UserError(
+                f"{self.path(shard)}: {where} cannot be read ({error.strerror}); see to the storage"
+            ) from None
         # The member's header comes right before its data; a pax header may carry the size in its place.
         if len(data) < BLOCK + size or header_size(data[:BLOCK]) not in (size, 0):
             raise self._changed(shard, f"sample '{self.key(shard, row)}' is not at byte {offset}")

@@ -15,16 +15,17 @@ holds, so any number of ranks, at any ZeRO stage, can read what it needs.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -55,34 +56,36 @@ def save(
     """
     final = folder / name_of(step)
     temporary = folder / f"{TEMPORARY}{name_of(step)}"
+    _together(lambda: _make_room(temporary) if dist.rank() == 0 else None, step, folder)
+    entries = _together(lambda: _write_rank(engine, temporary), step, folder)
+    state = _describe(engine, step, samples, identity, settings)
+    written = [entry for entry in entries if entry]
+    _together(lambda: _commit(engine, temporary, final, written, state) if dist.rank() == 0 else None, step, folder)
     if dist.rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True, exist_ok=True)
-    dist.barrier()
-    entry, problem = None, ""
-    try:
-        entry = _write_rank(engine, temporary)
-    except (OSError, SafetensorError) as error:
-        problem = f"rank {dist.rank()} on {os.uname().nodename}: {error}"
-    gathered = dist.gather((entry, problem))
-    problems = [problem for _, problem in gathered if problem]
-    if not problems and dist.rank() == 0:
-        try:
-            _commit(
-                engine, temporary, final, [entry for entry, _ in gathered if entry], step, samples, identity, settings
-            )
-            _prune(folder, keep)
-        except OSError as error:
-            problems = [str(error)]
-    problems = dist.gather(problems)[0]
-    if problems:
-        if dist.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder} ({problems[0]}); earlier checkpoints "
-            "are intact"
-        )
+        _prune(folder, final, keep)
     return final
+
+
+def _together(work: Callable[[], Any], step: int, folder: Path) -> list[Any]:
+    """Every rank's result, or the same error on all: a rank that fails alone would leave the others waiting for it."""
+    result, problem = None, ""
+    try:
+        result = work()
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        problem = f"rank {dist.rank()} on {os.uname().nodename}: {type(error).__name__}: {error}"
+    gathered = dist.gather((result, problem))
+    problems = [problem for _, problem in gathered if problem]
+    if problems:
+        raise UserError(
+            f"the checkpoint of step {step} could not be written to {folder} ({problems[0]}); earlier checkpoints are "
+            "intact"
+        )
+    return [result for result, _ in gathered]
+
+
+def _make_room(temporary: Path) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
 
 
 def _write_rank(engine: Any, temporary: Path) -> dict[str, Any] | None:
@@ -121,17 +124,11 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _commit(
-    engine: Any,
-    temporary: Path,
-    final: Path,
-    entries: list[dict[str, Any]],
-    step: int,
-    samples: int,
-    identity: dict[str, Any],
-    settings: config.Config,
-) -> None:
-    state = {
+def _describe(
+    engine: Any, step: int, samples: int, identity: dict[str, Any], settings: config.Config
+) -> dict[str, Any]:
+    """The content of state.json."""
+    return {
         "format": FORMAT,
         "step": step,
         "samples": samples,
@@ -146,13 +143,17 @@ def _commit(
         ],
         "config": config.as_dict(settings),
     }
+
+
+def _commit(engine: Any, temporary: Path, final: Path, entries: list[dict[str, Any]], state: dict[str, Any]) -> None:
+    """Describe what all ranks wrote, and give it its name (rank 0)."""
     write_atomically(temporary / "state.json", json.dumps(state))
     manifest = {
         "format": FORMAT,
         "files": [*entries, _entry(temporary / "state.json")],
         "world": dist.world(),
         "zero_stage": engine.zero_optimization_stage(),
-        "identity": config.digest(identity),
+        "identity": config.digest(state["identity"]),
         "versions": {"fdscale": __version__, "torch": torch.__version__, "deepspeed": _deepspeed_version()},
     }
     write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -170,9 +171,17 @@ def _deepspeed_version() -> str:
     return deepspeed.__version__
 
 
-def _prune(folder: Path, keep: int) -> None:
-    for old in committed(folder)[keep:]:
-        _discard(old)
+def _prune(folder: Path, newest: Path, keep: int) -> None:
+    """Keep the newest `keep` up to and including the one just written.
+
+    Later steps belong to a future that was abandoned when the run walked back past damaged checkpoints. What cannot be
+    removed stays: the checkpoint itself is written.
+    """
+    present = committed(folder)
+    past = [path for path in present if path.name <= newest.name]
+    with contextlib.suppress(OSError):
+        for old in [*past[keep:], *(path for path in present if path.name > newest.name)]:
+            _discard(old)
 
 
 def _discard(checkpoint: Path) -> None:
@@ -206,9 +215,9 @@ def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         if manifest["format"] > FORMAT:
             newer = f"it has format {manifest['format']}, and this fdscale {__version__} reads up to {FORMAT}"
-            return f"{newer}: update fdscale"
+            raise UserError(f"{checkpoint}: {newer}; update fdscale")
         for entry in manifest["files"]:
-            path = checkpoint / entry["name"]
+            path = checkpoint / Path(entry["name"]).name
             if not path.is_file():
                 return f"{entry['name']} is missing"
             if path.stat().st_size != entry["bytes"]:
@@ -223,22 +232,40 @@ def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for each newer one that does not.
+    """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    A collective: rank 0 looks, all get its answer.
+    A collective: rank 0 looks, all get its answer. Raises UserError for one that a newer fdscale wrote.
     """
-    answer: tuple[Path | None, list[str]] = (None, [])
-    if dist.rank() == 0:
+
+    def look() -> tuple[Path | None, list[str]]:
         skipped: list[str] = []
         for checkpoint in committed(folder):
             problem = verify(checkpoint)
             if problem is None:
-                answer = (checkpoint, skipped)
-                break
+                return checkpoint, skipped
             skipped.append(f"skipped {checkpoint}: {problem}")
-        else:
-            answer = (None, skipped)
-    return dist.gather(answer)[0]
+        return None, skipped
+
+    return _from_rank_0(look)
+
+
+def verify_once(checkpoint: Path) -> str | None:
+    """`verify` on rank 0 for all ranks; a collective."""
+    return _from_rank_0(lambda: verify(checkpoint))
+
+
+def _from_rank_0(work: Callable[[], Any]) -> Any:
+    """What rank 0 finds, or its UserError, on all ranks: shared storage is read once."""
+    answer: tuple[Any, str] = (None, "")
+    if dist.rank() == 0:
+        try:
+            answer = (work(), "")
+        except UserError as error:
+            answer = (None, str(error))
+    result, problem = dist.gather(answer)[0]
+    if problem:
+        raise UserError(problem)
+    return result
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -271,7 +298,8 @@ class Reader:
 
     def __init__(self, checkpoint: Path):
         self.state = read_state(checkpoint)
-        self._files = [safe_open(path, "pt") for path in sorted(checkpoint.glob("rank-*.safetensors"))]
+        names = sorted(entry["name"] for entry in json.loads((checkpoint / "manifest.json").read_text())["files"])
+        self._files = [safe_open(checkpoint / name, "pt") for name in names if name.startswith("rank-")]
         self._where: dict[str, list[tuple[int, int, Any]]] = {}
         for file in self._files:
             for name, (start, length) in json.loads(file.metadata()["ranges"]).items():

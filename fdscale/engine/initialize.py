@@ -93,7 +93,11 @@ def read_ds_config(path: str | None) -> dict[str, Any]:
                 f"{path}: unknown key {key}{f' (did you mean {close[0]!r}?)' if close else ''}; ds_configs/README.md "
                 "lists what may stand here"
             )
+    for key in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(ds.get(key, {}), dict):
+            raise UserError(f"{path}: {key} must be an object, got {json.dumps(ds[key])}")
     _check_precision(ds, path)
+    _check_zero(ds.get("zero_optimization", {}), path)
     return ds
 
 
@@ -105,9 +109,6 @@ def _walk(tree: Any, prefix: str = "") -> Any:
 
 
 def _check_precision(ds: dict[str, Any], path: str) -> None:
-    zero = ds.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization must be an object with stage 0, 1, 2 or 3")
     if ds.get("fp16", {}).get("enabled"):
         raise UserError(
             f"{path}: fp16 is not supported: its loss scale makes steps depend on history; use bf16, or float32"
@@ -125,9 +126,34 @@ def _check_precision(ds: dict[str, Any], path: str) -> None:
             )
 
 
+def _check_zero(zero: dict[str, Any], path: str) -> None:
+    """DeepSpeed's own model of the section, its complaint in one line; and what was never tried is refused."""
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {json.dumps(zero['stage'])}")
+    for key in ("offload_optimizer", "offload_param"):
+        part = zero.get(key, {})
+        if not isinstance(part, dict):
+            raise UserError(f'{path}: zero_optimization.{key} must be an object such as {{"device": "cpu"}}')
+        if part.get("device", "none") not in ("none", "cpu"):
+            raise UserError(f"{path}: zero_optimization.{key}.device must be none or cpu; others are not supported")
+    prepare_environment()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValueError as error:  # pydantic's
+        first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
+        raise UserError(f"{path}: zero_optimization.{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
 def stage(ds: dict[str, Any]) -> int:
     """ZeRO stage of a ds_config."""
     return int(ds.get("zero_optimization", {}).get("stage", 0))
+
+
+def offloaded(ds: dict[str, Any]) -> bool:
+    """Whether the optimizer's state lies in host memory."""
+    return ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
 
 
 def bf16(ds: dict[str, Any]) -> bool:
@@ -152,7 +178,7 @@ def accumulation(batch_size: int, micro_batch: int, world: int) -> int:
     return batch_size // (micro_batch * world)
 
 
-def prepare_environment() -> None:
+def prepare_environment(builds: bool = False) -> None:
     """What DeepSpeed needs around it before it is imported: a quiet log, the right accelerator, ninja, a compiler."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -160,7 +186,9 @@ def prepare_environment() -> None:
     own = str(Path(sys.executable).parent)
     if own not in os.environ.get("PATH", "").split(os.pathsep):
         os.environ["PATH"] = own + os.pathsep + os.environ.get("PATH", "")
-    if not torch.cuda.is_available() and not (shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")):
+    if (builds or not torch.cuda.is_available()) and not (
+        shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    ):
         raise UserError(
             "DeepSpeed builds a small C++ op at first use, and no C++ compiler was found: install g++ (Debian: "
             "apt-get install g++), or set CXX"
@@ -195,7 +223,9 @@ def initialize(
     initial(name, shape) gives a parameter's first value as a float32 CPU tensor; it must not depend on the rank.
     Returns DeepSpeed's own engine; its optimizer has the groups of `engine.optim.param_groups`.
     """
-    prepare_environment()
+    prepare_environment(offloaded(ds))
+    if fused == "apex" and stage(ds) == 3:
+        raise UserError("optim.fused=apex counts updates wrongly at ZeRO 3, which steps in parts; take torch")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
@@ -220,8 +250,7 @@ def initialize(
     parameters = dict(module.named_parameters())
     for group in groups:
         group["params"] = [parameters[name] for name in group["names"]]
-    offload = ds.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    optimizer = adamw(groups, betas, eps, offloaded=offload != "none", fused=fused)
+    optimizer = adamw(groups, betas, eps, offloaded=offloaded(ds), fused=fused)
     if stage(ds) == 0:
         optimizer.register_step_pre_hook(lambda opt, args, kwargs: _clip(opt, clip_grad))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

@@ -5,7 +5,6 @@ Losses are summed on the device; the host waits for it once per log line.
 
 from __future__ import annotations
 
-import math
 import resource
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fdscale import dist
+from fdscale.engine.state import finite
 
 # Dense bf16 peak of one GPU in FLOP/s, by a part of its name; vendors' data sheets, without sparsity. Longer names
 # first.
@@ -56,7 +56,7 @@ class Meter:
         self._batch_size, self._work, self._peak = batch_size, work, peak
         self._bad_steps = 0
         self._step_loss: Tensor | None = None  # sum over the micro-batches of the step under way
-        self._poisoned: Tensor | None = None  # whether the weights were ever updated with a non-finite loss
+        self._poisoned = False  # whether the weights were ever updated with a non-finite loss
         self._pending: tuple[Tensor, torch.cuda.Event, bool] | None = None
         self._reset()
 
@@ -65,6 +65,11 @@ class Meter:
         self._losses = self._steps = 0
         self._data_wait_s = 0.0
         self._start = time.perf_counter()
+
+    @property
+    def steps(self) -> int:
+        """Steps in this interval so far."""
+        return self._steps
 
     def wait(self, batches: Iterator[Any]) -> Any:
         """The next batch; the time until it is there counts as waiting for data."""
@@ -95,28 +100,34 @@ class Meter:
         self._loss = loss if self._loss is None else self._loss + loss
         self._steps += 1
         bad = ~torch.isfinite(loss)
-        if applied:
-            self._poisoned = bad if self._poisoned is None else self._poisoned | bad
-        if bad.is_cuda:
+        if not bad.is_cuda:
+            self._judge(bad, applied)
+        else:
             event = torch.cuda.Event()
             on_host = bad.to("cpu", non_blocking=True)
             event.record()
             before, self._pending = self._pending, (on_host, event, applied)
-            if before is None:
-                return False
-            bad, event, applied = before
-            event.synchronize()
+            self._judge_pending(before)
+        return self._poisoned or self._bad_steps >= MAX_BAD_STEPS
+
+    def _judge(self, bad: Tensor, applied: bool) -> None:
+        self._poisoned |= bool(bad) and applied
         self._bad_steps = self._bad_steps + 1 if bool(bad) or not applied else 0
-        return (bool(bad) and applied) or self._bad_steps >= MAX_BAD_STEPS
+
+    def _judge_pending(self, pending: tuple[Tensor, torch.cuda.Event, bool] | None) -> None:
+        if pending is not None:
+            bad, event, applied = pending
+            event.synchronize()
+            self._judge(bad, applied)
 
     def healthy(self, engine: Any) -> bool:
-        """Whether the weights are free of non-finite updates, now (waits for the device).
+        """Whether this rank's training state may be saved, now (waits for the device).
 
-        Asked before a checkpoint is written.
+        Not while steps are being skipped: what follows broken weights looks like that too, at ZeRO 1 to 3.
         """
-        norm = engine.get_global_grad_norm()
-        broken = engine.was_step_applied() and norm is not None and not math.isfinite(float(norm))
-        return not broken and (self._poisoned is None or not bool(self._poisoned))
+        pending, self._pending = self._pending, None
+        self._judge_pending(pending)
+        return not self._poisoned and self._bad_steps == 0 and finite(engine)
 
     def read(self, engine: Any) -> dict[str, Any]:
         """The interval's record, averaged over ranks where ranks differ, and a new interval. A collective."""

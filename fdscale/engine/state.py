@@ -98,6 +98,11 @@ def read(engine: Any) -> Iterator[tuple[Range, dict[str, Tensor]]]:
             yield part, {"fp32": parameter.detach().flatten(), **{key: moments[key].flatten() for key in KEYS[1:]}}
 
 
+def finite(engine: Any) -> bool:
+    """Whether the weights and moments that this rank speaks for are all finite."""
+    return all(bool(value.isfinite().all()) for _, values in read(engine) for value in values.values())
+
+
 def write(engine: Any, fetch: Callable[[Range, str], Tensor], optimizer_step: int) -> None:
     """Overwrite this rank's ranges with fetch(range, key) -> flat float32 tensor, then refresh the working weights."""
     stage = _stage(engine)

@@ -152,10 +152,11 @@ def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def _hold_matrices_in(network: nn.Module, dtype: torch.dtype) -> None:
     """Linear and Conv2d parameters in the autocast dtype: same products, half the memory, no cast in every call.
 
-    Norms, position embeddings and the like stay in float32, as autocast wants them.
+    Norms, position embeddings and the like stay in float32, as autocast wants them; so do subclasses, which may want
+    float32 products, as the position MLP of our SwinV2 does.
     """
     for module in network.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if type(module) in (nn.Linear, nn.Conv2d):
             module.to(dtype)
 
 

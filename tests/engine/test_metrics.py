@@ -9,16 +9,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fdscale.engine import metrics
 from fdscale.engine.metrics import MAX_BAD_STEPS, Meter, Work, peak_flops
 
 WORK = Work(student=300, teacher=50, recomputed=100)
 
 
-def engine(norm: float = 0.5, applied: bool = True) -> SimpleNamespace:
+@pytest.fixture(autouse=True)
+def weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """Stands for a real engine's weights, which tests/engine/test_checkpoint.py and tests/test_cli.py look at."""
+    state = {"finite": True}
+    monkeypatch.setattr(metrics, "finite", lambda engine: state["finite"])
+    return state
+
+
+def engine() -> SimpleNamespace:
     """What the meter asks of DeepSpeed's engine."""
     return SimpleNamespace(
-        get_global_grad_norm=lambda: norm,
-        was_step_applied=lambda: applied,
+        get_global_grad_norm=lambda: 0.5,
         skipped_steps=3,
         optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}]),
     )
@@ -73,15 +81,26 @@ def test_a_skipped_step_is_not_until_it_repeats() -> None:
     for _ in range(MAX_BAD_STEPS):
         meter.add(torch.tensor(math.inf))
         verdicts.append(meter.end_step(applied=False))
+        assert not meter.healthy(engine())  # nothing is saved meanwhile: broken weights look like this at ZeRO 1 to 3
     assert verdicts == [False] * (MAX_BAD_STEPS - 1) + [True]
-    assert meter.healthy(engine(applied=False))
 
 
-def test_a_broken_gradient_is_never_saved() -> None:
+def test_one_skipped_step_delays_saving_only() -> None:
+    meter = Meter(8, WORK, None)
+    meter.add(torch.tensor(math.inf))
+    assert not meter.end_step(applied=False)
+    assert not meter.healthy(engine())
+    meter.add(torch.tensor(1.0))
+    assert not meter.end_step(applied=True)
+    assert meter.healthy(engine())
+
+
+def test_broken_weights_are_never_saved(weights: dict[str, bool]) -> None:
     meter = Meter(8, WORK, None)
     meter.add(torch.tensor(1.0))
     assert not meter.end_step(applied=True)
-    assert not meter.healthy(engine(norm=math.inf))
+    weights["finite"] = False
+    assert not meter.healthy(engine())
 
 
 def test_no_peak_without_a_known_gpu() -> None:
