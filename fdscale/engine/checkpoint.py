@@ -210,7 +210,10 @@ def committed(folder: Path) -> list[Path]:
 
 
 def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint directory, or None. contents: also compare the hash of every file."""
+    """What is wrong with a checkpoint directory, or None. contents: also compare the hash of every file.
+
+    Raises UserError for one that a newer fdscale wrote: it is not damaged, and must not be walked back past.
+    """
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         if manifest["format"] > FORMAT:
@@ -224,6 +227,8 @@ def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
                 return f"{entry['name']} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
             if contents and _entry(path)["sha256"] != entry["sha256"]:
                 return f"the content of {entry['name']} does not match its hash in the manifest"
+    except UserError:
+        raise
     except FileNotFoundError:
         return "manifest.json is missing"
     except (OSError, ValueError, KeyError, TypeError) as error:
