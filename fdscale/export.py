@@ -14,6 +14,8 @@ from fdscale.models import convert
 
 def main(source: str, out: str, names: str, force: bool) -> int:
     """`fdscale export`."""
+    if not out.endswith(".safetensors"):
+        raise UserError(f"{out}: weights are written as safetensors; give a name that ends in .safetensors")
     found = find(Path(source))
     if Path(out).exists() and not force:
         raise UserError(f"{out} exists; give another name, or --force to replace it")

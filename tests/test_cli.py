@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_cli, sets
+from helpers import ROOT, run_cli, sets
 
 from fdscale import cli
 
@@ -174,6 +174,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_export_works(
         convert.load(student, convert.read(out))
         for name, parameter in student.named_parameters():
             assert (parameter == reader.full(f"backbone.{name}")).all(), (names, name)
+    assert "ends in .safetensors" in run_cli("export", run, tmp_path / "weights.pth").stderr
     again = run_cli("export", run, tmp_path / "timm.safetensors")
     assert again.returncode == 2
     assert "--force" in again.stderr

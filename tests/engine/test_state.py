@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import outside
+from helpers import outside
 
 HERE = Path(__file__).resolve().parent
 CASES = [
