@@ -89,7 +89,7 @@ def _prepared() -> Finding:
     return Finding(
         "ok",
         "build tools",
-        f"{compiler or 'no compiler, none needed with a GPU'}, {ninja}",
+        f"{compiler or 'no compiler; one is needed only for optimizer offload'}, {ninja}",
     )
 
 
