@@ -23,6 +23,7 @@ TINY = (
     "data.workers=1",
     "data.block=4",
     "optim.batch_size=8",
+    "optim.lr=2e-3",
     "memory.micro_batch=4",
     "schedule.steps=8",
     "schedule.warmup_steps=2",
