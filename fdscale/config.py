@@ -34,9 +34,7 @@ class Student:
     args: dict[str, Any] = option(
         {}, "constructor arguments of fdscale.models.swin_v2.SwinV2 or fdscale.models.vit.ViT"
     )
-    weights: str | None = option(
-        None, "file of initial weights; null: random, as the paper's students (official repository, issue 2)"
-    )
+    weights: str | None = option(None, "file of initial weights; null: random, as the paper's students are")
     seed: int = option(0, "seed of initial weights and drop path", low=0, high=2**63 - 1)
 
 
