@@ -113,9 +113,9 @@ class Optim:
     eps: float = option(1e-8, "AdamW epsilon", low=0.0)
     clip_grad: float = option(3.0, "global gradient norm bound; 0: none", low=0.0)
     fused: str = option(
-        "torch",
-        "whose fused AdamW updates the weights: torch's, or NVIDIA's apex",
-        choices=("torch", "apex"),
+        "auto",
+        "whose fused AdamW updates the weights: torch, apex (NVIDIA's), or auto: apex on a GPU where it can be had",
+        choices=("auto", "torch", "apex"),
         neutral=True,
     )
     layer_decay: float = option(
