@@ -100,6 +100,14 @@ class Data:
     flip: float = option(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
     workers: int = option(4, "decoding processes per rank; 0: in the training process", low=0, neutral=True)
     prefetch: int = option(2, "micro-batches each worker prepares ahead", low=1, neutral=True)
+    lost_budget: float = option(
+        1e-3,
+        "share of the samples since the start (of 10 000 at least) that may be damaged and replaced; above it the run "
+        "stops",
+        low=0.0,
+        high=1.0,
+        neutral=True,
+    )
 
 
 @dataclass(frozen=True)

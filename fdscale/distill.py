@@ -45,9 +45,9 @@ def main(recipe: str, run: str, steps: int | None, set: list[str], ds: str | Non
 class HeldOut:
     """Held-out loss, beside that of a trivial predictor: the training set's mean token, predicted everywhere."""
 
-    def __init__(self, parts: Parts, dtype: torch.dtype):
+    def __init__(self, parts: Parts, dtype: torch.dtype, run: Run):
         data = parts.settings.data
-        self._parts, self._dtype = parts, dtype
+        self._parts, self._dtype, self._run = parts, dtype, run
         self._index = open_index(data.heldout_shards, data.heldout_index) if data.heldout_shards else None
         self._constant: Tensor | None = None
 
@@ -55,6 +55,7 @@ class HeldOut:
         """The record of one evaluation; a collective. Empty where there is no held-out set."""
         if self._index is None:
             return {}
+        first = self._constant is None
         if self._constant is None:
             self._constant = self._mean_training_token()
         parts, beta = self._parts, self._parts.settings.objective.beta
@@ -62,6 +63,8 @@ class HeldOut:
         engine.eval()
         with torch.no_grad():
             for batch in heldout_stream(parts, self._index):
+                if first:  # every evaluation loses the same samples
+                    self._run.report_lost(batch["replaced"])
                 images, weights = to_device(batch["images"]), batch["weights"].to(dist.device())
                 target = target_of(images, parts.teacher, parts.pairing)
                 loss = engine(normalise(images, self._dtype), target, None, weights)
@@ -69,7 +72,9 @@ class HeldOut:
                 sums += torch.stack([loss.double(), trivial.double(), weights.sum().double()])
         engine.train()
         loss, trivial, count = dist.total(sums).tolist()
-        return {"heldout_loss": loss / count, "heldout_trivial": trivial / count}
+        if not count:
+            raise UserError(f"no sample of data.heldout_shards ({parts.settings.data.heldout_shards}) can be read")
+        return {"heldout_loss": loss / count, "heldout_trivial": trivial / count, "heldout_samples": int(count)}
 
     def _mean_training_token(self) -> Tensor:
         """(T,) over as many training views as there are held-out samples, but at least MEAN_VIEWS; a collective."""
@@ -155,6 +160,12 @@ def distill(
     if run.diverged:
         run.say(f"the loss is not finite at step {state.step}; nothing was saved since it broke", "red")
         return DIVERGED
+    if run.over_budget:
+        raise UserError(
+            f"{run.lost} samples could not be had and were replaced since this start, more than data.lost_budget "
+            f"{settings.data.lost_budget:g} allows: they are listed in {directory}/lost-*.log. Repair them (`fdscale "
+            f"shards verify --decode` names all), or set a larger budget; the state of step {state.step} is saved"
+        )
     if run.stopped_by:
         run.say(f"stopped by {run.stopped_by} at step {state.step}; the same command goes on from here")
         return STOPPED
@@ -185,6 +196,7 @@ def _train(
 
     def prepare(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         run.log_samples(batch["numbers"].tolist(), batch["origin"])
+        run.report_lost(batch["replaced"])
         images = to_device(batch["images"])
         return (
             normalise(images, dtype),
@@ -192,7 +204,7 @@ def _train(
             batch["numbers"].to(dist.device(), non_blocking=True),
         )
 
-    heldout = HeldOut(parts, dtype)
+    heldout = HeldOut(parts, dtype, run)
     if state.step == 0 and last > 0 and (record := heldout(engine)):
         run.log({"step": 0, "samples": 0, **record})
     run.start_progress(state.step, last)

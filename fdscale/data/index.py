@@ -35,6 +35,7 @@ from fdscale.data.files import (
     prepare_folder,
     write_atomically,
 )
+from fdscale.data.lost import Lost
 from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
 from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS, Layout, Problem, header_size, scan
@@ -87,12 +88,12 @@ class Index:
     def read(self, shard: int, row: int, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> bytes:
         """The bytes of a sample's member with the first of these extensions that it has (default: its image).
 
-        Raises UserError naming the shard and the sample if the shard is gone or is not what was indexed.
+        Raises Lost if its place in the shard is cut off or damaged, UserError if the shard is gone or is another one.
         """
         _, offsets, sizes = self._columns.get((shard, extensions), self._load_column)
         offset, size = int(offsets[row]), int(sizes[row])
         if offset == 0:
-            raise UserError(f"{self.names[shard]}: sample '{self.key(shard, row)}' has no .{' or .'.join(extensions)}")
+            raise Lost(f"has no .{' or .'.join(extensions)}")
         file = self._files.get(shard, self._open)
         try:
             data = _pread(file, BLOCK + size, offset - BLOCK)
@@ -101,10 +102,19 @@ class Index:
             raise UserError(
                 f"{self.path(shard)}: {where} cannot be read ({error.strerror}); see to the storage"
             ) from None
-        # The member's header comes right before its data; a pax header may carry the size in its place.
-        if len(data) < BLOCK + size or header_size(data[:BLOCK]) not in (size, 0):
-            raise self._changed(shard, f"sample '{self.key(shard, row)}' is not at byte {offset}")
-        return data[BLOCK:]
+        if _fits(data, size):
+            return data[BLOCK:]
+        if not any(self._is_there(file, shard, one, extensions) for one in (0, len(offsets) // 2, len(offsets) - 1)):
+            raise self._changed(
+                shard, f"sample '{self.key(shard, row)}' is not at byte {offset}, nor are others in place"
+            )
+        cut = len(data) < BLOCK + size
+        raise Lost(f"the shard is {'cut off before byte' if cut else 'damaged at byte'} {offset + size * cut}")
+
+    def _is_there(self, file: int, shard: int, row: int, extensions: tuple[str, ...]) -> bool:
+        """Whether the member lies where the index says: the shard is the one that was indexed, at least in part."""
+        _, offsets, sizes = self._columns.get((shard, extensions), self._load_column)
+        return bool(offsets[row]) and _fits(_pread(file, BLOCK, int(offsets[row]) - BLOCK), int(sizes[row]), body=False)
 
     def path(self, shard: int) -> str:
         """Where a shard lies."""
@@ -116,10 +126,10 @@ class Index:
         except OSError as error:
             raise UserError(f"{self.path(shard)}: in the index, but cannot be opened ({error.strerror})") from None
         size, expected = os.fstat(file).st_size, self._entries[shard].bytes
-        if size != expected:
+        if size > expected:
             os.close(file)
             raise self._changed(shard, f"it has {size} bytes, the index says {expected}")
-        return file
+        return file  # of a shorter one, read() names the samples that are cut off
 
     def _changed(self, shard: int, how: str) -> UserError:
         return UserError(
@@ -334,6 +344,14 @@ def _listed(problems: list[Problem], shards: int) -> str:
     if len(problems) > MOST_NAMED:
         lines.append(f"and {len(problems) - MOST_NAMED} more")
     return f"{bad} of {shards} shards cannot be used; repair them or leave them out:\n  " + "\n  ".join(lines)
+
+
+def _fits(data: bytes, size: int, body: bool = True) -> bool:
+    """Whether these are the header and (body) the data of a member of `size` bytes.
+
+    A member's header comes right before its data; a pax header may carry the size in its place.
+    """
+    return len(data) == BLOCK + size * body and header_size(data[:BLOCK]) in (size, 0)
 
 
 def _pread(file: int, size: int, offset: int) -> bytes:

@@ -10,7 +10,8 @@ follow one another without a gap: a batch may hold the last samples of one and t
 
 Randomness is the raw output of Philox, keyed by (seed, epoch), sorted: numpy keeps raw streams the same from version
 to version, which it does not promise of its `permutation`. The second word of the counter keeps the uses apart: 0
-views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py).
+views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py), 4 replacements of lost
+samples (stream.py).
 
 Letters: N samples in the set, C lanes, M samples in a block, n sample number, k numbers asked for.
 """
@@ -109,6 +110,8 @@ class Order:
 
 class Sequential:
     """The samples of a set once, shard by shard: number n is the n-th of them. For evaluation."""
+
+    seed = 0  # of replacements only
 
     def __init__(self, counts: Sequence[int] | np.ndarray) -> None:
         self._counts = np.asarray(counts, np.int64)

@@ -14,7 +14,7 @@ import atexit
 import signal
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,19 +25,31 @@ from torch.utils.data import DataLoader, Dataset
 from fdscale import UserError
 from fdscale.data.augment import decode
 from fdscale.data.index import Index
-from fdscale.data.order import Order, Sequential, check_world
+from fdscale.data.lost import Lost, Replaced
+from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
 
 Batches = Generator[dict[str, Any], None, None]
-Sample = tuple[Tensor, int, str, str]  # image (3, S, S) uint8, number, shard, key
+TRIES = 8  # others drawn for a lost sample, first from its shard, which is at hand, then as many from the whole set
+
+
+class Sample(NamedTuple):
+    """A sample by its number. shard, key: what the image really is of, the replacement's where `replaced` is given."""
+
+    image: Tensor  # (3, S, S) uint8
+    number: int
+    shard: str
+    key: str
+    replaced: Replaced | None = None
 
 
 class Samples(Dataset):
-    """The samples of a set by number: `samples[n]` is (image (3, S, S) uint8, n, shard name, key).
+    """The samples of a set by number: `samples[n]` is a Sample.
 
     index: where the bytes lie. order: which sample a number means. view: called as view(image, number=n) with an RGB
-    PIL image, for instance `partial(train_view, seed=0, size=224)`. Raises UserError naming shard and key if a sample
-    cannot be read.
+    PIL image, for instance `partial(train_view, seed=0, size=224)`. A sample that is Lost is replaced, at random by
+    (seed of the order, number). Raises UserError naming shard and key where no replacement can be had either, or where
+    data are not lost but out of reach.
     """
 
     def __init__(self, index: Index, order: Order | Sequential, view: Callable[..., Tensor]) -> None:
@@ -52,16 +64,35 @@ class Samples(Dataset):
         return [self._sample(number, shard, row) for number, shard, row in places]
 
     def _sample(self, number: int, shard: int, row: int) -> Sample:
-        data = self.index.read(shard, row)
-        key = self.index.key(shard, row)
         try:
-            image = self.view(decode(data), number=number)
-        except UserError as error:
-            raise UserError(
-                f"{self.index.path(shard)}: sample '{key}': {error}. Repair or leave out the sample and index the "
-                "shard anew; fdscale shards verify --decode lists all such samples"
-            ) from None
-        return image, number, self.index.names[shard], key
+            return self._view(number, shard, row)
+        except Lost as error:
+            reason, key = str(error), self.index.key(shard, row)
+        for other in self._others(number, shard):
+            try:
+                found = self._view(number, *other)
+            except Lost:
+                continue
+            return found._replace(replaced=Replaced(number, self.index.names[shard], key, reason, *found[2:4]))
+        raise UserError(
+            f"{self.index.path(shard)}: sample '{key}': {reason}; and none of {2 * TRIES} others drawn in its place "
+            "can be used. fdscale shards verify --decode lists what is wrong with the set"
+        )
+
+    def _view(self, number: int, shard: int, row: int) -> Sample:
+        image = self.view(decode(self.index.read(shard, row)), number=number)
+        return Sample(image, number, self.index.names[shard], self.index.key(shard, row))
+
+    def _others(self, number: int, shard: int) -> Iterator[tuple[int, int]]:
+        """(shard, row) of what may stand for a lost sample of `shard`: a function of (seed, number) alone."""
+        words = philox(self.order.seed, number, (0, 4, 0, 0), 2 * TRIES).tolist()
+        for word in words[:TRIES]:
+            yield shard, word % int(self.index.counts[shard])
+        ends = np.cumsum(self.index.counts)
+        for word in words[TRIES:]:
+            place = word % int(ends[-1])
+            where = int(np.searchsorted(ends, place, side="right"))
+            yield where, place - int(ends[where] - self.index.counts[where])
 
 
 def batches(
@@ -81,9 +112,9 @@ def batches(
 
     batch_size: B, over all ranks. start: number of the first sample of the first global batch. stop: a sample number;
     the last global batch is the last one that starts below it (None: endless). workers: processes (0: this one).
-    prefetch: micro-batches each worker prepares ahead. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64
-    and origin, m pairs (shard, key). Close the iterator to stop the workers. Raises UserError if the sizes do not
-    divide, or a sample cannot be read.
+    prefetch: micro-batches each worker prepares ahead. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64,
+    origin, m pairs (shard, key), and replaced, a Replaced for each sample that was lost. Close the iterator to stop
+    the workers. Raises UserError if the sizes do not divide, or data are out of reach.
     """
     assert isinstance(samples.order, Order)
     check_world(samples.order.lanes, world)
@@ -118,7 +149,7 @@ def evaluation_batches(
     view: of an RGB PIL image, for instance `partial(eval_view, size=224)`. Numbers count the samples in the order of
     the index. limit: only the first so many samples (None: all).
     Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
-    micro-batches.
+    micro-batches, or that stands for a lost one.
     """
     assert 0 <= rank < world
     if micro_batch < 1:
@@ -197,7 +228,8 @@ def _deliver(samples: Samples, plan: Any, workers: int, prefetch: int, pin_memor
 def _weighted(stream: Batches, weights: Tensor) -> Batches:
     try:
         for batch, weight in zip(stream, weights, strict=True):
-            yield {**batch, "weights": weight}
+            lost = torch.tensor([replaced.number for replaced in batch["replaced"]], dtype=torch.int64)
+            yield {**batch, "weights": weight * ~torch.isin(batch["numbers"], lost)}
     finally:
         stream.close()
 
@@ -205,11 +237,11 @@ def _weighted(stream: Batches, weights: Tensor) -> Batches:
 def _collate(samples: list[Sample] | UserError) -> dict[str, Any] | UserError:
     if isinstance(samples, UserError):
         return samples
-    images, numbers, shards, keys = zip(*samples, strict=True)
     return {
-        "images": torch.stack(images),
-        "numbers": torch.tensor(numbers, dtype=torch.int64),
-        "origin": list(zip(shards, keys, strict=True)),
+        "images": torch.stack([sample.image for sample in samples]),
+        "numbers": torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+        "origin": [(sample.shard, sample.key) for sample in samples],
+        "replaced": [sample.replaced for sample in samples if sample.replaced],
     }
 
 
