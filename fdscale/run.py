@@ -202,7 +202,8 @@ class _Losses:
     """This rank's list of replaced samples, and how loudly each is told."""
 
     def __init__(self, run: Run):
-        self._run, self._file = run, None
+        self._run = run
+        self._file: Any = None
         self._told, self._quiet, self._untold, self._new = 0, 0.0, 0, 0
 
     def add(self, replaced: list[Any]) -> None:
