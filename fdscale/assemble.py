@@ -18,6 +18,7 @@ from torch import Tensor
 from fdscale import UserError, config, dist
 from fdscale.data.augment import eval_view, train_view
 from fdscale.data.index import Index, open_index
+from fdscale.data.mixture import Joined, Mixture, quotas
 from fdscale.data.order import Order, check_world, default_lanes
 from fdscale.data.stream import Samples, batches, evaluation_batches
 from fdscale.engine import memory
@@ -40,8 +41,8 @@ class Parts:
     """Everything a distillation is made of, before any of it trains; the module lives on the meta device."""
 
     settings: config.Config  # with all lengths in steps
-    index: Index
-    order: Order
+    index: Index | Joined
+    order: Order | Mixture
     teacher: Teacher
     pairing: Pairing
     module: Distiller
@@ -56,13 +57,21 @@ def assemble(settings: config.Config, world: int) -> Parts:
     if settings.log.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("log.wandb is set, but wandb is missing: pip install 'fdscale[wandb]', or --set log.wandb=null")
     accumulation(settings.optim.batch_size, settings.memory.micro_batch, world)
-    index = open_index(settings.data.shards, settings.data.index)
+    index = open_sets(settings.data)
     settings = config.in_steps(settings, index.samples)
-    lanes = settings.data.lanes or default_lanes(settings.optim.batch_size, len(index.names), index.samples)
+    sets = index.indexes if isinstance(index, Joined) else [index]
+    lanes = settings.data.lanes or default_lanes(
+        settings.optim.batch_size, min(len(one.names) for one in sets), min(one.samples for one in sets)
+    )
     if settings.optim.batch_size % lanes:
         raise UserError(f"data.lanes {lanes} does not divide optim.batch_size {settings.optim.batch_size}")
     check_world(lanes, world)
-    order = Order(index.counts, seed=settings.data.seed, lanes=lanes, block=settings.data.block)
+    order: Order | Mixture
+    if settings.data.weights is None:
+        order = Order(index.counts, settings.data.seed, lanes, settings.data.block)
+    else:
+        counts = [one.counts for one in sets]
+        order = Mixture(counts, settings.data.weights, settings.data.seed, lanes, settings.data.block)
     teacher = load_teacher(
         settings.teacher.source,
         weights=settings.teacher.weights,
@@ -75,6 +84,21 @@ def assemble(settings: config.Config, world: int) -> Parts:
         std=settings.teacher.std,
     )
     return Parts(settings, index, order, teacher, *build_student(settings, teacher))
+
+
+def open_sets(data: config.Data) -> Index | Joined:
+    """The training data: one set, or with data.weights several."""
+    assert data.shards is not None
+    count = len(data.shards)
+    if data.weights is None:
+        if data.index is not None and len(data.index) > 1:
+            raise UserError("data.index has several entries, but without data.weights all shards are one set with one")
+        return open_index(data.shards, data.index[0] if data.index else None)
+    quotas(data.weights, count)  # before anything is opened
+    places = data.index or (None,) * count
+    if len(places) != count:
+        raise UserError(f"data.index has {len(places)} entries for {count} of data.shards; give one for each, or null")
+    return Joined([open_index(one, place) for one, place in zip(data.shards, places, strict=True)])
 
 
 def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, Distiller]:

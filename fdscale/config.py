@@ -77,8 +77,15 @@ class Objective:
 class Data:
     """Which images, in which order, seen how."""
 
-    shards: str | None = option(None, "WebDataset tars: a directory, a glob or a brace pattern", neutral=True)
-    index: str | None = option(None, "directory of the index; null: index/ beside the shards", neutral=True)
+    shards: tuple[str, ...] | None = option(
+        None, "WebDataset tars: a directory, a glob or a brace pattern, or a list of these", neutral=True
+    )
+    index: tuple[str, ...] | None = option(
+        None, "directory of the index, with data.weights one for each set; null: index/ beside the shards", neutral=True
+    )
+    weights: tuple[float, ...] | None = option(
+        None, "makes each entry of data.shards a set of its own, with this share of the samples; null: all are one set"
+    )
     heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
     heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
     heldout_samples: int = option(

@@ -26,6 +26,7 @@ from fdscale import UserError
 from fdscale.data.augment import decode
 from fdscale.data.index import Index
 from fdscale.data.lost import Lost, Replaced
+from fdscale.data.mixture import Joined, Mixture
 from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
 
@@ -52,7 +53,7 @@ class Samples(Dataset):
     data are not lost but out of reach.
     """
 
-    def __init__(self, index: Index, order: Order | Sequential, view: Callable[..., Tensor]) -> None:
+    def __init__(self, index: Index | Joined, order: Order | Mixture | Sequential, view: Callable[..., Tensor]) -> None:
         self.index, self.order, self.view = index, order, view
 
     def __getitem__(self, number: int) -> Sample:
@@ -116,7 +117,7 @@ def batches(
     origin, m pairs (shard, key), and replaced, a Replaced for each sample that was lost. Close the iterator to stop
     the workers. Raises UserError if the sizes do not divide, or data are out of reach.
     """
-    assert isinstance(samples.order, Order)
+    assert not isinstance(samples.order, Sequential)
     check_world(samples.order.lanes, world)
     if micro_batch < 1 or batch_size < 1 or batch_size % (world * micro_batch):
         share = batch_size // world
