@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from fdscale.data.order import Order, Sequential, check_world
 from fdscale.data.parallel import die_with_parent
 
 Batches = Generator[dict[str, Any], None, None]
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
 Sample = tuple[Tensor, int, str, str]  # image (3, S, S) uint8, number, shard, key
 
 
@@ -48,8 +49,11 @@ class Samples(Dataset):
 
     def __getitems__(self, numbers: list[int]) -> list[Sample]:
         _, shards, rows = self.order.locate(np.array(numbers, np.int64))
-        places = zip(numbers, shards.tolist(), rows.tolist(), strict=True)
-        return [self._sample(number, shard, row) for number, shard, row in places]
+        span = self.order.span  # a number beyond it is the same sample, seen the same way
+        seen = numbers if span is None else [number % span for number in numbers]
+        places = zip(seen, shards.tolist(), rows.tolist(), strict=True)
+        samples = [self._sample(number, shard, row) for number, shard, row in places]
+        return [(image, n, shard, key) for n, (image, _, shard, key) in zip(numbers, samples, strict=True)]
 
     def _sample(self, number: int, shard: int, row: int) -> Sample:
         data = self.index.read(shard, row)
@@ -76,14 +80,16 @@ def batches(
     workers: int,
     prefetch: int = 2,
     pin_memory: bool = False,
+    complete: Complete | None = None,
 ) -> Batches:
     """The micro-batches of one rank, global batch after global batch, B / (W m) of them for each.
 
     batch_size: B, over all ranks. start: number of the first sample of the first global batch. stop: a sample number;
     the last global batch is the last one that starts below it (None: endless). workers: processes (0: this one).
-    prefetch: micro-batches each worker prepares ahead. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64
-    and origin, m pairs (shard, key). Close the iterator to stop the workers. Raises UserError if the sizes do not
-    divide, or a sample cannot be read.
+    prefetch: micro-batches each worker prepares ahead. complete: what it returns for a micro-batch, called in the
+    worker, is added to it (the features of a cached teacher). Yields dicts of images (m, 3, S, S) uint8, numbers (m,)
+    int64 and origin, m pairs (shard, key). Close the iterator to stop the workers. Raises UserError if the sizes do
+    not divide, or a sample cannot be read.
     """
     assert isinstance(samples.order, Order)
     check_world(samples.order.lanes, world)
@@ -98,7 +104,14 @@ def batches(
         raise UserError(f"start is sample number {start}, expected 0 or more")
     assert 0 <= rank < world
     plan = _Slots(batch_size, micro_batch, rank, world, start, stop)
-    return _deliver(samples, plan, workers, prefetch, pin_memory)
+    return _deliver(samples, plan, workers, prefetch, pin_memory, complete)
+
+
+def chosen_batches(
+    samples: Samples, numbers: Iterable[list[int]], *, workers: int, prefetch: int = 2, pin_memory: bool = False
+) -> Batches:
+    """The micro-batches of these numbers, one after another, as `batches` yields them."""
+    return _deliver(samples, numbers, workers, prefetch, pin_memory)
 
 
 def evaluation_batches(
@@ -160,13 +173,15 @@ class _Guarded(Dataset):
             return error
 
 
-def _deliver(samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool) -> Batches:
+def _deliver(
+    samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool, complete: Complete | None = None
+) -> Batches:
     loader = DataLoader(
         _Guarded(samples),
         batch_sampler=plan,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, complete=complete),
         pin_memory=pin_memory,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
@@ -202,15 +217,19 @@ def _weighted(stream: Batches, weights: Tensor) -> Batches:
         stream.close()
 
 
-def _collate(samples: list[Sample] | UserError) -> dict[str, Any] | UserError:
+def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> dict[str, Any] | UserError:
     if isinstance(samples, UserError):
         return samples
     images, numbers, shards, keys = zip(*samples, strict=True)
-    return {
+    batch = {
         "images": torch.stack(images),
         "numbers": torch.tensor(numbers, dtype=torch.int64),
         "origin": list(zip(shards, keys, strict=True)),
     }
+    try:
+        return batch if complete is None else batch | complete(batch)
+    except UserError as error:
+        return error
 
 
 def _begin_worker(worker: int) -> None:
