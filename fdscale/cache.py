@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fdscale import UserError, config, dist
 from fdscale.assemble import Parts, assemble, cache_plan, learnt_tokens, numbered_stream, to_device
 from fdscale.data import feature_files
-from fdscale.data.features import Plan, encode, is_whole, written
+from fdscale.data.features import HEADER, Plan, encode, is_whole, written
 from fdscale.run import STOP_SIGNALS
 
 DONE, STOPPED = 0, 75  # exit codes, see docs/running.md
@@ -98,7 +98,7 @@ def _prepare(out: str, wanted: Plan, repair: bool, console: Console) -> Plan:
 
 def _say_size(out: str, plan: Plan, there: set[int], console: Console) -> None:
     """Say how much is to be written, and raise UserError if the disk has no room for it."""
-    total = sum(plan.file_bytes(file) for file in range(plan.files))
+    total = plan.files * HEADER + plan.span * plan.record_bytes
     missing = total - sum(plan.file_bytes(file) for file in there)
     place = os.path.abspath(out)
     while not os.path.exists(place):

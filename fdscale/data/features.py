@@ -299,7 +299,7 @@ def read_manifest(folder: str, plan: Plan) -> list[dict[str, Any]]:
 
 def _check_format(content: dict[str, Any], path: str) -> None:
     found = content.pop("format", None)
-    if found != FORMAT:
+    if type(found) is not int or found != FORMAT:
         raise UserError(f"{path} has format {found}, this fdscale reads {FORMAT}; use the fdscale that wrote it")
 
 
