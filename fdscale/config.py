@@ -172,6 +172,26 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Teacher features written once, by `fdscale cache`, and replayed ever after."""
+
+    epochs: float | None = option(
+        None,
+        "after so many epochs, whole or not, samples and their augmentation repeat, so that features written for them "
+        "serve the whole run; the live teacher repeats them too; null: never",
+        low=1e-9,
+    )
+    dtype: str = option(
+        "same",
+        "precision of the target: same (float32, as the teacher gives it), bfloat16, int8 or float8 (one scale per "
+        "token); the live teacher's is rounded likewise",
+        choices=("same", "bfloat16", "int8", "float8"),
+    )
+    features: str | None = option(None, "directory that `fdscale cache` wrote; null: the live teacher", neutral=True)
+    file_mib: int = option(1024, "MiB: size of the files that `fdscale cache` writes", low=1, neutral=True)
+
+
+@dataclass(frozen=True)
 class Save:
     """Checkpoints."""
 
@@ -201,6 +221,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     memory: Memory = field(default_factory=Memory)
+    cache: Cache = field(default_factory=Cache)
     save: Save = field(default_factory=Save)
     log: Log = field(default_factory=Log)
 
@@ -300,6 +321,11 @@ def check(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: schedule.min_lr and schedule.warmup_lr must not exceed optim.lr ({config.optim.lr:g})"
         )
+    cache = config.cache
+    if cache.epochs is None and (cache.features is not None or cache.dtype != "same"):
+        raise UserError(
+            f"{where}: cache.features and cache.dtype need cache.epochs, the epochs after which samples repeat"
+        )
     for name in ("scale", "ratio"):
         low, high = getattr(config.data, name)
         if not 0 < low <= high:
@@ -346,6 +372,8 @@ def trajectory(config: Config) -> dict[str, Any]:
     Files are identified by their content elsewhere.
     """
     excluded = {"student.weights", "teacher.weights"}
+    if config.cache.epochs is None:  # the section does nothing, and runs from before it was there go on
+        excluded |= {"cache.epochs", "cache.dtype"}
     values = {}
     for key, _, entry in fields():
         if not entry.metadata["neutral"] and key not in excluded:

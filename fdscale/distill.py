@@ -20,6 +20,7 @@ from fdscale.assemble import (
     target_of,
     to_device,
     train_stream,
+    training_target,
     work_per_image,
 )
 from fdscale.data.index import open_index
@@ -61,6 +62,8 @@ class HeldOut:
         parts, beta = self._parts, self._parts.settings.objective.beta
         sums = torch.zeros(3, dtype=torch.float64, device=dist.device())
         engine.eval()
+        if parts.cached is not None:  # the teacher is needed here alone, and is on the device only as long
+            parts.teacher.to(dist.device())
         with torch.no_grad():
             for batch in heldout_stream(parts, self._index):
                 if first:  # every evaluation loses the same samples
@@ -71,6 +74,8 @@ class HeldOut:
                 trivial = feature_loss(self._constant.expand_as(target), target, beta, weights)
                 sums += torch.stack([loss.double(), trivial.double(), weights.sum().double()])
         engine.train()
+        if parts.cached is not None:
+            parts.teacher.to("cpu")
         loss, trivial, count = dist.total(sums).tolist()
         if not count:
             raise UserError(f"no sample of data.heldout_shards ({parts.settings.data.heldout_shards}) can be read")
@@ -82,7 +87,7 @@ class HeldOut:
         wanted = max(MEAN_VIEWS, min(parts.settings.data.heldout_samples, parts.index.samples))
         sums = torch.zeros(parts.teacher.width + 1, dtype=torch.float64, device=dist.device())
         for batch in train_stream(parts, 0, wanted):
-            target = target_of(to_device(batch["images"]), parts.teacher, parts.pairing).flatten(0, 1)
+            target = training_target(parts, batch, to_device(batch["images"])).flatten(0, 1)
             sums[:-1] += target.double().sum(0)
             sums[-1] += target.shape[0]
         sums = dist.total(sums)
@@ -150,7 +155,10 @@ def distill(
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
     assert schedule.steps is not None
     last = min(schedule.steps, schedule.steps if stop_at is None else stop_at)
-    parts.teacher.to(dist.device())
+    if parts.cached is None:
+        parts.teacher.to(dist.device())
+    elif not settings.data.heldout_shards:
+        parts.teacher.to("meta")  # nothing computes with it: its memory is free again
     run.open({"ds_config": ds_config, "resumed_from": str(start) if start else None, "step": state.step})
     with run:
         if dist.rank() == 0:
@@ -182,6 +190,10 @@ def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, las
         f"{parts.index.samples} samples in {len(parts.index.names)} shards, {parts.order.lanes} lanes, "
         f"{dist.world()} rank(s)"
     )
+    if parts.cached is not None:
+        run.say(f"the teacher's features come from {parts.cached.folder}; it does not run")
+    if parts.order.span is not None:
+        run.say(f"samples and augmentation repeat after {parts.order.span} samples (cache.epochs)")
     if start is not None:
         run.say(f"resumed from {start}: step {state.step}, sample {state.samples}")
     if state.step >= last:
@@ -200,7 +212,7 @@ def _train(
         images = to_device(batch["images"])
         return (
             normalise(images, dtype),
-            target_of(images, parts.teacher, parts.pairing),
+            training_target(parts, batch, images),
             batch["numbers"].to(dist.device(), non_blocking=True),
         )
 

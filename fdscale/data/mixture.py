@@ -29,17 +29,23 @@ class Mixture:
     """The endless order of samples of several sets. `locate` numbers the shards of all sets through, set by set.
 
     counts: of each set, the samples in each shard. weights: of each set, over 0; only their ratio counts. seed, lanes,
-    block: see `Order`. Raises UserError for weights that do not fit, or one below a thousandth of their sum.
+    block, span: see `Order`. Raises UserError for weights that do not fit, or one below a thousandth of their sum.
     """
 
     def __init__(
-        self, counts: Sequence[np.ndarray], weights: Sequence[float], seed: int, lanes: int, block: int = BLOCK
+        self,
+        counts: Sequence[np.ndarray],
+        weights: Sequence[float],
+        seed: int,
+        lanes: int,
+        block: int = BLOCK,
+        span: int | None = None,
     ) -> None:
         self.quotas = quotas(weights, len(counts))  # (S,) numbers of a period
         seeds = (philox(seed, 0, (0, 5, 1, 0), len(counts)) >> np.uint64(1)).tolist()
         self.orders = [Order(one, own, lanes, block) for one, own in zip(counts, seeds, strict=True)]
         self.samples = sum(order.samples for order in self.orders)
-        self.seed, self.lanes, self.block = seed, lanes, block
+        self.seed, self.lanes, self.block, self.span = seed, lanes, block, span
         self._first = np.cumsum([0, *(len(one) for one in counts)])  # number of each set's first shard
         self._deals = Recent(limit=TABLE_BYTES, weigh=lambda deal: deal[0].nbytes + deal[1].nbytes + 300)
 
@@ -50,7 +56,8 @@ class Mixture:
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(epochs of their sets, shards, rows), each (k,) int64, of the sample numbers (k,) int64."""
-        steps, lanes = np.divmod(np.asarray(numbers, np.int64), self.lanes)
+        numbers = np.asarray(numbers, np.int64)
+        steps, lanes = np.divmod(numbers if self.span is None else numbers % self.span, self.lanes)
         periods, inside = np.divmod(steps, PERIOD)
         deals = [self._deals.get(key, self._deal) for key in zip(lanes.tolist(), periods.tolist(), strict=True)]
         sets = np.array([deal[0][i] for deal, i in zip(deals, inside.tolist(), strict=True)], np.int64)

@@ -46,14 +46,17 @@ def permutation(seed: int, word: int, counter: tuple[int, int, int, int], count:
 class Order:
     """The endless order of samples of a set.
 
-    counts: samples in each shard; empty shards are never named. seed: 0..2**63-1. lanes and block: see above.
+    counts: samples in each shard; empty shards are never named. seed: 0..2**63-1. lanes and block: see above. span:
+    the numbers repeat after so many samples, n means n mod span (None: they never do).
     Raises UserError if there is no sample, or fewer samples than lanes.
     """
 
-    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, block: int = BLOCK) -> None:
+    def __init__(
+        self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, block: int = BLOCK, span: int | None = None
+    ) -> None:
         counts = np.asarray(counts, np.int64)
         self.samples = int(counts.sum())
-        self.seed, self.lanes, self.block = seed, lanes, block
+        self.seed, self.lanes, self.block, self.span = seed, lanes, block, span
         if self.samples == 0:
             raise UserError(f"no samples to order: all {len(counts)} shards are empty; check which shards were given")
         check_seed(seed)
@@ -64,6 +67,8 @@ class Order:
             )
         if block < 1:
             raise UserError(f"block is {block} samples, expected at least 1")
+        if span is not None and span < 1:
+            raise UserError(f"span is {span} samples, expected at least 1")
         self._shards = np.flatnonzero(counts)
         self._counts = counts[self._shards]
         self._epochs = Recent(limit=3)
@@ -76,7 +81,8 @@ class Order:
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(epochs, shards, rows), each (k,) int64, of the sample numbers (k,) int64."""
-        epochs, places = np.divmod(np.asarray(numbers, np.int64), self.samples)
+        numbers = np.asarray(numbers, np.int64)
+        epochs, places = np.divmod(numbers if self.span is None else numbers % self.span, self.samples)
         steps, lanes = np.divmod(places, self.lanes)  # n-th sample of which lane
         blocks, inside = np.divmod(steps, self.block)
         keys = zip(epochs.tolist(), lanes.tolist(), blocks.tolist(), strict=True)
@@ -112,6 +118,7 @@ class Sequential:
     """The samples of a set once, shard by shard: number n is the n-th of them. For evaluation."""
 
     seed = 0  # of replacements only
+    span = None
 
     def __init__(self, counts: Sequence[int] | np.ndarray) -> None:
         self._counts = np.asarray(counts, np.int64)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
 
 Batches = Generator[dict[str, Any], None, None]
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
 TRIES = 8  # others drawn for a lost sample, first from its shard, which is at hand, then as many from the whole set
 
 
@@ -74,19 +75,24 @@ class Samples(Dataset):
                 found = self._view(number, *other)
             except Lost:
                 continue
-            return found._replace(replaced=Replaced(number, self.index.names[shard], key, reason, *found[2:4]))
+            replaced = Replaced(number, self.index.names[shard], key, reason, found.shard, found.key)
+            return found._replace(replaced=replaced)
         raise UserError(
             f"{self.index.path(shard)}: sample '{key}': {reason}; and none of {2 * TRIES} others drawn in its place "
             "can be used. fdscale shards verify --decode lists what is wrong with the set"
         )
 
     def _view(self, number: int, shard: int, row: int) -> Sample:
-        image = self.view(decode(self.index.read(shard, row)), number=number)
+        image = self.view(decode(self.index.read(shard, row)), number=self._seen(number))
         return Sample(image, number, self.index.names[shard], self.index.key(shard, row))
+
+    def _seen(self, number: int) -> int:
+        """The number that decides what is seen: beyond the span of the order, samples repeat as they were."""
+        return number if self.order.span is None else number % self.order.span
 
     def _others(self, number: int, shard: int) -> Iterator[tuple[int, int]]:
         """(shard, row) of what may stand for a lost sample of `shard`: a function of (seed, number) alone."""
-        words = philox(self.order.seed, number, (0, 4, 0, 0), 2 * TRIES).tolist()
+        words = philox(self.order.seed, self._seen(number), (0, 4, 0, 0), 2 * TRIES).tolist()
         for word in words[:TRIES]:
             yield shard, word % int(self.index.counts[shard])
         ends = np.cumsum(self.index.counts)
@@ -108,14 +114,16 @@ def batches(
     workers: int,
     prefetch: int = 2,
     pin_memory: bool = False,
+    complete: Complete | None = None,
 ) -> Batches:
     """The micro-batches of one rank, global batch after global batch, B / (W m) of them for each.
 
     batch_size: B, over all ranks. start: number of the first sample of the first global batch. stop: a sample number;
     the last global batch is the last one that starts below it (None: endless). workers: processes (0: this one).
-    prefetch: micro-batches each worker prepares ahead. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64,
-    origin, m pairs (shard, key), and replaced, a Replaced for each sample that was lost. Close the iterator to stop
-    the workers. Raises UserError if the sizes do not divide, or data are out of reach.
+    prefetch: micro-batches each worker prepares ahead. complete: what it returns for a micro-batch, called in the
+    worker, is added to it (the features of a cached teacher). Yields dicts of images (m, 3, S, S) uint8, numbers (m,)
+    int64, origin, m pairs (shard, key), and replaced, a Replaced for each sample that was lost. Close the iterator to
+    stop the workers. Raises UserError if the sizes do not divide, or data are out of reach.
     """
     assert not isinstance(samples.order, Sequential)
     check_world(samples.order.lanes, world)
@@ -130,7 +138,14 @@ def batches(
         raise UserError(f"start is sample number {start}, expected 0 or more")
     assert 0 <= rank < world
     plan = _Slots(batch_size, micro_batch, rank, world, start, stop)
-    return _deliver(samples, plan, workers, prefetch, pin_memory)
+    return _deliver(samples, plan, workers, prefetch, pin_memory, complete)
+
+
+def chosen_batches(
+    samples: Samples, numbers: Iterable[list[int]], *, workers: int, prefetch: int = 2, pin_memory: bool = False
+) -> Batches:
+    """The micro-batches of these numbers, one after another, as `batches` yields them."""
+    return _deliver(samples, numbers, workers, prefetch, pin_memory)
 
 
 def evaluation_batches(
@@ -192,13 +207,15 @@ class _Guarded(Dataset):
             return error
 
 
-def _deliver(samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool) -> Batches:
+def _deliver(
+    samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool, complete: Complete | None = None
+) -> Batches:
     loader = DataLoader(
         _Guarded(samples),
         batch_sampler=plan,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, complete=complete),
         pin_memory=pin_memory,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
@@ -235,15 +252,19 @@ def _weighted(stream: Batches, weights: Tensor) -> Batches:
         stream.close()
 
 
-def _collate(samples: list[Sample] | UserError) -> dict[str, Any] | UserError:
+def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> dict[str, Any] | UserError:
     if isinstance(samples, UserError):
         return samples
-    return {
+    batch = {
         "images": torch.stack([sample.image for sample in samples]),
         "numbers": torch.tensor([sample.number for sample in samples], dtype=torch.int64),
         "origin": [(sample.shard, sample.key) for sample in samples],
         "replaced": [sample.replaced for sample in samples if sample.replaced],
     }
+    try:
+        return batch if complete is None else batch | complete(batch)
+    except UserError as error:
+        return error
 
 
 def _begin_worker(worker: int) -> None:

@@ -23,7 +23,7 @@ from fdscale.data.augment import decode, eval_view, train_view
 from fdscale.data.index import index, open_index
 from fdscale.data.order import Order
 from fdscale.data.shards import make
-from fdscale.data.stream import Samples, _Slots, batches, evaluation_batches
+from fdscale.data.stream import Samples, _Slots, batches, chosen_batches, evaluation_batches
 
 LANES = 12
 
@@ -125,6 +125,44 @@ def test_the_sequence_and_the_pixels_survive_every_change(samples):
         got += draw(samples, len(got), steps, world=world, workers=workers, batch_size=batch_size, micro_batch=micro)
     assert got == reference[: len(got)]
     assert len(got) == 180
+
+
+def test_beyond_the_span_samples_and_their_views_repeat_under_new_numbers(samples):
+    """On any ranks and workers, with a span that nothing divides; what `complete` adds comes along."""
+    span = 29
+    order = Order(samples.index.counts, 5, LANES, 4, span=span)
+    repeating = Samples(samples.index, order, samples.view)
+    plain = {number: (origin, pixels) for number, origin, pixels in draw(samples, 0, 2)}
+    for start, world, workers, batch_size in ((0, 1, 0, 24), (24, 3, 1, 24), (48, 2, 0, 48)):
+        drawn = draw(repeating, start, 2, world=world, workers=workers, batch_size=batch_size)
+        assert [number for number, _, _ in drawn] == list(range(start, start + 2 * batch_size))
+        assert all((origin, pixels) == plain[number % span] for number, origin, pixels in drawn)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_complete_adds_to_each_micro_batch_and_its_errors_stop_the_stream(samples, workers):
+    def complete(batch):
+        if 9 in batch["numbers"].tolist():
+            raise UserError("there is no ninth")
+        return {"sums": batch["images"].flatten(1).sum(1)}
+
+    stream = batches(
+        samples, batch_size=12, micro_batch=3, rank=0, world=1, start=0, workers=workers, complete=complete
+    )
+    for _ in range(3):
+        batch = next(stream)
+        assert torch.equal(batch["sums"], batch["images"].long().sum((1, 2, 3)))
+    with pytest.raises(UserError, match="there is no ninth"):
+        next(stream)
+
+
+def test_chosen_numbers_come_as_they_are_given(samples):
+    chosen = [[5, 3], [100, 5]]
+    got = list(chosen_batches(samples, iter(chosen), workers=1))
+    assert [batch["numbers"].tolist() for batch in got] == chosen
+    for batch in got:
+        for number, image in zip(batch["numbers"].tolist(), batch["images"], strict=True):
+            assert torch.equal(image, samples[number][0])
 
 
 def test_stop_ends_the_stream_after_whole_batches(samples):
