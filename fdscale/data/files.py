@@ -8,6 +8,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from fnmatch import fnmatch
 from itertools import pairwise
 
 import braceexpand
@@ -76,6 +77,26 @@ def common_folder(paths: list[str]) -> str:
     if same == 0 or ("://" in where(paths[0]) and same < 3):
         raise UserError(f"{shown(paths[0])} and {shown(paths[-1])} lie in no common folder; index them apart")
     return "/".join(first[:same])
+
+
+def name_of(path: str, root: str) -> str:
+    """The name of a shard in the index: its path from the common folder on."""
+    return where(path)[len(root) + 1 :] if is_remote(path) else os.path.relpath(path, root)
+
+
+def index_folder(index_dir: str | None, root: str) -> str:
+    """Where the index of the shards below `root` lies. Raises UserError if it has to be named."""
+    if index_dir is None and (is_remote(root) or not os.path.isdir(root)):
+        raise UserError(f"{root}: nothing can be written beside these shards; say where their index lies (--index DIR)")
+    return os.path.abspath(index_dir or os.path.join(root, "index"))
+
+
+def means(pattern: str, path: str) -> bool:
+    """Whether a pattern means a path that it did not find: a file that is gone."""
+    if not is_remote(pattern):
+        return fnmatch(path, pattern) and not os.path.exists(path)
+    steps, wanted = path.split("/"), pattern.split("/")
+    return is_listed(pattern) and len(steps) == len(wanted) and all(map(fnmatch, steps, wanted))
 
 
 def prepare_folder(folder: str, option: str) -> None:

@@ -7,9 +7,8 @@ On disk, apart from the shards, in a folder of its own:
     NAME.npz      for each shard: the arrays of tar.Layout, and "stamp" (version, bytes, mtime_ns); no pickles
 
 Names are relative to the folder that holds all shards, in natural order ("2" before "10"), and "layout" is a hash of
-the arrays. A shard that lies elsewhere has a "version" (sources.py) and no time; it is read through the shard cache,
-which fetches it whole. The fingerprint, a hash over names, samples, bytes and layouts, identifies the data and so the order of a
-run.
+the arrays. The fingerprint, a hash over names, samples, bytes and layouts, identifies the data and so the order of a
+run. A shard that lies elsewhere has a "version" (sources.py) and no time of change.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import json
 import os
 from collections.abc import Callable
 from contextlib import suppress
-from fnmatch import fnmatch
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +28,9 @@ from fdscale.data.files import (
     Shards,
     common_folder,
     expand,
-    is_listed,
+    index_folder,
+    means,
+    name_of,
     natural,
     parts_of,
     patterns_of,
@@ -40,9 +40,9 @@ from fdscale.data.files import (
 from fdscale.data.lost import Lost
 from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
+from fdscale.data.remote import scan_remote, stamp_of
 from fdscale.data.shard_cache import ShardCache
-from fdscale.data.sources import State, Stop, is_remote, shown
-from fdscale.data.sources import where as path_of
+from fdscale.data.sources import State, Stop, is_remote, shown, where
 from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS, Layout, Problem, header_size, scan
 
 VERSION = 1
@@ -125,9 +125,9 @@ class Index:
         try:
             return file, _pread(file, BLOCK + size, offset - BLOCK)
         except OSError as error:
-            where = f"sample '{self.key(shard, row)}' at byte {offset}"
+            what = f"sample '{self.key(shard, row)}' at byte {offset}"
             raise UserError(
-                f"{self.path(shard)}: {where} cannot be read ({error.strerror}); see to the storage"
+                f"{self.path(shard)}: {what} cannot be read ({error.strerror}); see to the storage"
             ) from None
 
     def _is_there(self, file: int, shard: int, row: int, extensions: tuple[str, ...]) -> bool:
@@ -217,11 +217,11 @@ def index(
     """
     paths = expand(shards)
     root = common_folder(paths)
-    index_dir = _folder_of_index(index_dir, root)
+    index_dir = index_folder(index_dir, root)
     prepare_folder(index_dir, "--index")
     entries: list[Entry] = []
     problems: list[Problem] = []
-    jobs = [(path, _name_of(path, root), index_dir, cache or ShardCache()) for path in paths]
+    jobs = [(path, name_of(path, root), index_dir, cache or ShardCache()) for path in paths]
     for done, (entry, found) in enumerate(parallel(_index_shard, jobs, workers), 1):
         problems += found
         entries += [entry] if entry else []
@@ -259,29 +259,21 @@ def match(
     Gone are those of the index that a folder or glob in `shards` means but no longer finds.
     """
     paths = expand(shards)
-    index_dir = _folder_of_index(index_dir, common_folder(paths))
+    index_dir = index_folder(index_dir, common_folder(paths))
     entries = {entry.name: entry for entry in _load_entries(os.path.join(index_dir, "index.json"))}
     named = [(path, _name_in(entries, path)) for path in paths]
     unknown = [path for path, name in named if name is None]
     chosen = [(path, entries[name]) for path, name in named if name is not None]
     chosen.sort(key=lambda pair: natural(pair[1].name))
-    roots = sorted({path_of(path)[: -len(entry.name)] for path, entry in chosen})
+    roots = sorted({where(path)[: -len(entry.name)] for path, entry in chosen})
     if len(roots) > 1:
         raise UserError(f"{index_dir}: the shards lie below several folders ({', '.join(roots)}); use one index each")
     if not chosen:
         raise UserError(f"{index_dir}: lists none of the {len(paths)} shards given; name the right place (--index DIR)")
     listed = [pattern for part in parts_of(shards) for pattern in patterns_of(part)]
     others = [roots[0] + name for name in sorted(set(entries) - {entry.name for _, entry in chosen}, key=natural)]
-    gone = [path for path in others if any(_means(one, path) for one in listed)]
+    gone = [path for path in others if any(means(one, path) for one in listed)]
     return index_dir, roots[0], chosen, unknown, gone
-
-
-def _means(pattern: str, path: str) -> bool:
-    """Whether a pattern means a path that it did not find: a file that is gone."""
-    if not is_remote(pattern):
-        return fnmatch(path, pattern) and not os.path.exists(path)
-    steps, wanted = path.split("/"), pattern.split("/")
-    return is_listed(pattern) and len(steps) == len(wanted) and all(map(fnmatch, steps, wanted))
 
 
 def fingerprint(entries: list[Entry]) -> str:
@@ -320,7 +312,12 @@ def _index_shard(job: tuple[str, str, str, ShardCache]) -> tuple[Entry | None, l
     path, name, index_dir, cache = job
     sidecar = os.path.join(index_dir, name + ".npz")
     if is_remote(path):
-        return _index_remote(path, name, sidecar, cache)
+        state, layout, problems = scan_remote(path, name, cache, lambda stamp: load_sidecar(sidecar, (VERSION, *stamp)))
+        if layout is None or problems:
+            return None, problems
+        _save_sidecar(sidecar, layout, (VERSION, *stamp_of(state)))
+        size, digest = stamp_of(state)[0], layout_hash(layout)
+        return Entry(name, len(layout.keys), size, 0, digest, name + ".npz", state.version), []
     try:
         stat = os.stat(path)
         layout = load_sidecar(sidecar, (VERSION, stat.st_size, stat.st_mtime_ns))
@@ -333,30 +330,6 @@ def _index_shard(job: tuple[str, str, str, ShardCache]) -> tuple[Entry | None, l
         layout, stat = scanned
         _save_sidecar(sidecar, layout, (VERSION, stat.st_size, stat.st_mtime_ns))
     return Entry(name, len(layout.keys), stat.st_size, stat.st_mtime_ns, layout_hash(layout), name + ".npz"), []
-
-
-def _index_remote(path: str, name: str, sidecar: str, cache: ShardCache) -> tuple[Entry | None, list[Problem]]:
-    """Index a shard that lies elsewhere: it is fetched into the cache, unless its source calls its state the same."""
-    state = cache.look(path)
-    stamp = (VERSION, state.size or -1, _number_of(state.version))
-    layout = load_sidecar(sidecar, stamp) if state.version else None
-    if layout is None or state.size is None:
-        file, state = cache.open(path, state if state.version else State())
-        try:
-            layout, problems = scan(file, os.fstat(file).st_size, name)
-        except UserError as error:
-            problems = [Problem(name, "", str(error))]
-        finally:
-            os.close(file)
-        if problems or layout is None:
-            return None, problems
-        assert state.size is not None
-        _save_sidecar(sidecar, layout, (VERSION, state.size, _number_of(state.version)))
-    return Entry(name, len(layout.keys), state.size, 0, layout_hash(layout), name + ".npz", state.version), []
-
-
-def _number_of(version: str) -> int:
-    return int.from_bytes(hashlib.sha256(version.encode()).digest()[:7], "big")
 
 
 def _save_sidecar(path: str, layout: Layout, stamp: tuple[int, int, int]) -> None:
@@ -414,19 +387,9 @@ def _others(index_dir: str, root: str, names: set[str]) -> list[Entry]:
     return kept
 
 
-def _name_of(path: str, root: str) -> str:
-    return path_of(path)[len(root) + 1 :] if is_remote(path) else os.path.relpath(path, root)
-
-
-def _folder_of_index(index_dir: str | None, root: str) -> str:
-    if index_dir is None and (is_remote(root) or not os.path.isdir(root)):
-        raise UserError(f"{root}: nothing can be written beside these shards; say where their index lies (--index DIR)")
-    return os.path.abspath(index_dir or os.path.join(root, "index"))
-
-
 def _name_in(entries: dict[str, Entry], path: str) -> str | None:
     """The name of a path in the index: its longest tail that the index lists."""
-    parts = path_of(path).split(os.sep)
+    parts = where(path).split(os.sep)
     tails = ("/".join(parts[i:]) for i in range(1, len(parts)))
     return next((tail for tail in tails if tail in entries), None)
 

@@ -317,10 +317,10 @@ class _Part:
 
     def _check(self, size: int) -> None:
         if size > self._cache.limit:
-            much = f"has {size / GIB:.2f} GiB" if self._known else f"has more than {self._cache.limit / GIB:.2f} GiB"
+            bound = f"{self._cache.limit / GIB:.2f} GiB"
             raise UserError(
-                f"{shown(self._location)}: {much}, the cache {self._cache.path} may hold {self._cache.limit / GIB:.2f}; "
-                "give a larger data.shard_cache_gib"
+                f"{shown(self._location)}: has {f'{size / GIB:.2f} GiB' if self._known else 'more'}, the cache "
+                f"{self._cache.path} may hold {bound}; give a larger data.shard_cache_gib"
             )
 
 

@@ -1,4 +1,4 @@
-"""Shards on a web server, by Python's own client: timeouts, redirects, proxies of the environment, resumed downloads."""
+"""Shards on a web server, by Python's own client: redirects, proxies of the environment, resumed downloads."""
 
 from __future__ import annotations
 

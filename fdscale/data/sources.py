@@ -32,7 +32,9 @@ from fdscale import UserError
 CHUNK = 2**20  # bytes read at a time
 MOST_WAIT_S = 30.0  # between two attempts
 MOST_ASKED_WAIT_S = 120.0  # if the server itself says how long (Retry-After)
-PROGRESS = 2**20  # bytes: an attempt that brought so much more than all before it makes the count of attempts start anew
+PROGRESS = (
+    2**20
+)  # bytes: an attempt that brought so much more than all before it makes the count of attempts start anew
 SURE = 2  # attempts before a shard counts as gone or changed: a proxy may err once
 
 _REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
@@ -159,7 +161,9 @@ def patterns_of_remote(part: str) -> list[str]:
         return [part]
     if kind == "http":
         if "*" in part or part.endswith("/"):
-            raise UserError(f"{shown(part)}: web servers have no listing; name the shards with braces, a-{{000..127}}.tar")
+            raise UserError(
+                f"{shown(part)}: web servers have no listing; name the shards with braces, a-{{000..127}}.tar"
+            )
         return [part]
     if not any(sign in part for sign in "*?[") and not part.endswith(".tar"):
         return [part.rstrip("/") + "/*.tar"]
@@ -212,7 +216,7 @@ class Download:
         self._version, self._hash = "", hashlib.sha256()
 
     def begin(self, size: int | None, called: str, at: int = 0, validator: str = "") -> None:
-        """The source answers: it holds `size` bytes in the state that it calls `called`, and sends from byte `at` on."""
+        """The source answers: `size` bytes in the state that it calls `called`, and it sends those from `at` on."""
         version = f"{place_hash(self.location)} {called}" if called else ""
         if size is not None and self._expected.size not in (None, size):
             raise changed(f"it has {size} bytes, the index says {self._expected.size}")
