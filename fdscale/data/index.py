@@ -146,9 +146,9 @@ class Index:
         """Where a shard lies, for messages."""
         return shown(self._paths[shard])
 
-    def bytes_of(self, shard: int) -> int:
-        """The size of a shard, in bytes."""
-        return self._entries[shard].bytes
+    def remote_bytes(self, shard: int) -> int:
+        """The size of a shard, in bytes; 0 if it is on this machine."""
+        return self._entries[shard].bytes if is_remote(self._paths[shard]) else 0
 
     def fetch(self, shard: int, stop: Stop) -> None:
         """Have a remote shard in the cache, and count it as just used. Raises what ShardCache.open does."""
@@ -316,8 +316,7 @@ def _index_shard(job: tuple[str, str, str, ShardCache]) -> tuple[Entry | None, l
         if layout is None or problems:
             return None, problems
         _save_sidecar(sidecar, layout, (VERSION, *stamp_of(state)))
-        size, digest = stamp_of(state)[0], layout_hash(layout)
-        return Entry(name, len(layout.keys), size, 0, digest, name + ".npz", state.version), []
+        return Entry(name, len(layout.keys), state.size or 0, 0, layout_hash(layout), name + ".npz", state.version), []
     try:
         stat = os.stat(path)
         layout = load_sidecar(sidecar, (VERSION, stat.st_size, stat.st_mtime_ns))
