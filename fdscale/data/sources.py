@@ -35,6 +35,7 @@ MOST_ASKED_WAIT_S = 120.0  # if the server itself says how long (Retry-After)
 PROGRESS = (
     2**20
 )  # bytes: an attempt that brought so much more than all before it makes the count of attempts start anew
+SLOWEST = 64 * 2**10  # bytes in timeout_s: a source that sends less has stopped, though not quite
 SURE = 2  # attempts before a shard counts as gone or changed: a proxy may err once
 
 _REMOTE = re.compile(r"pipe:|[A-Za-z][A-Za-z0-9+.-]+://")
@@ -214,6 +215,7 @@ class Download:
         self._wanted = comparable(expected.version, location)
         self._size: int | None = None
         self._version, self._hash = "", hashlib.sha256()
+        self._since, self._before = 0.0, 0  # when, and with how many bytes, the pace was last looked at
 
     def begin(self, size: int | None, called: str, at: int = 0, validator: str = "") -> None:
         """The source answers: `size` bytes in the state that it calls `called`, and it sends those from `at` on."""
@@ -226,6 +228,7 @@ class Download:
             assert at == 0 or at == self.done
             at = self._restart(at, version)
         self._size, self._version, self.validator = size, version, validator
+        self._since, self._before = time.monotonic(), self.done
 
     def _restart(self, at: int, version: str) -> int:
         if at and version != self._version:
@@ -243,6 +246,7 @@ class Download:
             raise changed(f"it has more than the {most} bytes that were announced")
         if self._room:
             self._room(self.done + len(data))
+        self._check_pace()
         if not self._version or self._wanted.startswith("sha256:"):
             self._hash.update(data)
         view = memoryview(data)
@@ -255,6 +259,13 @@ class Download:
                 f"{shown(self.location)}: cannot be kept on the local disk ({error.strerror}); free some space, or "
                 "choose another data.shard_cache or a smaller data.shard_cache_gib"
             ) from None
+
+    def _check_pace(self) -> None:
+        passed = time.monotonic() - self._since
+        if passed > self.settings.timeout_s:
+            if self.done - self._before < SLOWEST:
+                raise Trouble(f"sends next to nothing ({self.done - self._before} bytes in {passed:.0f} s)")
+            self._since, self._before = time.monotonic(), self.done
 
     def end(self) -> State:
         """The source sent all it has. Raises Trouble if that is not all of the shard."""
