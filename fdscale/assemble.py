@@ -22,6 +22,8 @@ from fdscale.data.features import Features, Plan
 from fdscale.data.index import Index, open_index
 from fdscale.data.mixture import Joined, Mixture, quotas
 from fdscale.data.order import Order, check_world, default_lanes
+from fdscale.data.shard_cache import GIB, ShardCache
+from fdscale.data.sources import Settings
 from fdscale.data.stream import Samples, batches, chosen_batches, evaluation_batches
 from fdscale.engine import memory
 from fdscale.engine.initialize import accumulation
@@ -144,12 +146,24 @@ def open_sets(data: config.Data) -> Index | Joined:
     if data.weights is None:
         if data.index is not None and len(data.index) > 1:
             raise UserError("data.index has several entries, but without data.weights all shards are one set with one")
-        return open_index(data.shards, data.index[0] if data.index else None)
+        return open_index(data.shards, data.index[0] if data.index else None, shard_cache(data))
     quotas(data.weights, count)  # before anything is opened
     places = data.index or (None,) * count
     if len(places) != count:
         raise UserError(f"data.index has {len(places)} entries for {count} of data.shards; give one for each, or null")
-    return Joined([open_index(one, place) for one, place in zip(data.shards, places, strict=True)])
+    cache = shard_cache(data)
+    return Joined([open_index(one, place, cache) for one, place in zip(data.shards, places, strict=True)])
+
+
+def shard_cache(data: config.Data) -> ShardCache:
+    """Where this machine keeps shards that lie elsewhere."""
+    return ShardCache(
+        data.shard_cache,
+        int(data.shard_cache_gib * GIB),
+        Settings(data.fetch_tries, data.fetch_timeout_s),
+        downloads=data.fetch_parallel,
+        ranks=dist.local_world(),
+    )
 
 
 def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, Distiller]:

@@ -107,6 +107,17 @@ class Data:
     flip: float = option(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
     workers: int = option(4, "decoding processes per rank; 0: in the training process", low=0, neutral=True)
     prefetch: int = option(2, "micro-batches each worker prepares ahead", low=1, neutral=True)
+    shard_cache: str | None = option(
+        None,
+        "directory on a local disk for shards from elsewhere; null: one of yours in the system's temporary directory",
+        neutral=True,
+    )
+    shard_cache_gib: float = option(64.0, "GiB that it may hold, for all ranks of a machine", low=0.0, neutral=True)
+    fetch_parallel: int = option(4, "shards that each rank fetches ahead at a time", low=1, neutral=True)
+    fetch_tries: int = option(8, "attempts in a row at a shard before its source counts as down", low=1, neutral=True)
+    fetch_timeout_s: float = option(
+        30.0, "seconds until a source that sends nothing counts as failed", low=0.1, neutral=True
+    )
     lost_budget: float = option(
         1e-3,
         "share of the samples since the start (of 10 000 at least) that may be damaged and replaced; above it the run "

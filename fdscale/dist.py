@@ -36,6 +36,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or _environment().get("LOCAL_RANK") or 0)
 
 
+def local_world() -> int:
+    """Number of processes on this node, as far as torchrun or Slurm tells; else 1."""
+    env = os.environ
+    slurm = env.get("SLURM_STEP_TASKS_PER_NODE") if "SLURM_STEP_ID" in env else None  # such as 4(x2)
+    match = re.match(r"\d+", env.get("LOCAL_WORLD_SIZE") or slurm or "1")
+    return min(int(match.group()), world()) if match else 1
+
+
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")

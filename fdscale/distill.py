@@ -17,6 +17,7 @@ from fdscale.assemble import (
     identity,
     initial_values,
     normalise,
+    shard_cache,
     target_of,
     to_device,
     train_stream,
@@ -49,7 +50,8 @@ class HeldOut:
     def __init__(self, parts: Parts, dtype: torch.dtype, run: Run):
         data = parts.settings.data
         self._parts, self._dtype, self._run = parts, dtype, run
-        self._index = open_index(data.heldout_shards, data.heldout_index) if data.heldout_shards else None
+        opened = data.heldout_shards and open_index(data.heldout_shards, data.heldout_index, shard_cache(data))
+        self._index = opened or None
         self._constant: Tensor | None = None
 
     def __call__(self, engine: Any) -> dict[str, Any]:

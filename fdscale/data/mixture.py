@@ -20,6 +20,7 @@ from fdscale import UserError
 from fdscale.data.index import Index
 from fdscale.data.order import BLOCK, TABLE_BYTES, Order, permutation, philox
 from fdscale.data.recent import Recent
+from fdscale.data.sources import Stop
 from fdscale.data.tar import IMAGE_EXTENSIONS
 
 PERIOD = 1000  # numbers of a lane that are dealt out together: weights hold to a thousandth
@@ -70,6 +71,18 @@ class Mixture:
             shards[here] += self._first[s]
         return epochs, shards, rows
 
+    def places(self, n: int) -> list[tuple[Order, int, int]]:
+        """(order of a set, number in it, number of its first shard) for each set, about where number n stands.
+
+        Lanes are at the same place to within a period.
+        """
+        step, lane = divmod(n if self.span is None else n % self.span, self.lanes)
+        steps = (step * self.quotas // PERIOD).tolist()
+        return [
+            (order, own * self.lanes + lane, first)
+            for order, own, first in zip(self.orders, steps, self._first.tolist(), strict=False)
+        ]
+
     def _deal(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Which set each number of a period of a lane goes to, and its how-manieth there: (PERIOD,) uint16 each."""
         order = permutation(self.seed, 0, (0, 5, key[0] + 2, key[1]), PERIOD)
@@ -108,6 +121,8 @@ class Joined:
         self.names = [index.path(shard) for index, shard in self._where]  # names alone would not be unique
         self.counts = np.concatenate([index.counts for index in indexes])  # (shards,)
         self.samples = int(self.counts.sum())
+        self.remote = any(index.remote for index in indexes)
+        self.cache = self.indexes[0].cache
         listed = json.dumps([index.fingerprint for index in indexes])
         self.fingerprint = hashlib.sha256(listed.encode()).hexdigest()
 
@@ -125,3 +140,13 @@ class Joined:
         """Where a shard lies."""
         index, own = self._where[shard]
         return index.path(own)
+
+    def remote_bytes(self, shard: int) -> int:
+        """See `Index.remote_bytes`."""
+        index, own = self._where[shard]
+        return index.remote_bytes(own)
+
+    def fetch(self, shard: int, stop: Stop) -> None:
+        """See `Index.fetch`."""
+        index, own = self._where[shard]
+        index.fetch(own, stop)

@@ -103,6 +103,26 @@ class Order:
         epochs = sum(order.nbytes + ends.nbytes for order, ends in self._epochs.values())
         return self._blocks.weight + epochs + self._shards.nbytes + self._counts.nbytes
 
+    def places(self, n: int) -> list[tuple[Order, int, int]]:
+        """(order of a set, number in it, number of its first shard) for each set that number n stands at: here one."""
+        return [(self, n if self.span is None else n % self.span, 0)]
+
+    def block_shards(self, epoch: int, lane: int, block: int) -> list[int]:
+        """The shards that a block of a lane draws from, and the one that the lane reads after them, -1 if none.
+
+        [-1] for a block after the last.
+        """
+        order, ends = self._epochs.get(epoch, self._make_epoch)
+        start = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
+        end = start + self.samples // self.lanes + (lane < self.samples % self.lanes)
+        first = start + block * self.block
+        if first >= end:
+            return [-1]
+        at = np.array([first, min(first + self.block, end) - 1, end - 1])
+        a, b, z = np.searchsorted(ends, at, side="right").tolist()
+        shards = self._shards[order[a : b + 2]].tolist()
+        return shards if b < z else [*shards[: b + 1 - a], -1]
+
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(self.seed, epoch, (0, 1, 0, 0), len(self._shards))
         return order, np.cumsum(self._counts[order])
@@ -129,6 +149,11 @@ class Sequential:
         """(epochs, shards, rows), each (k,) int64, of the sample numbers (k,) int64 below `samples`; epochs are 0."""
         shards = np.searchsorted(self._ends, numbers, side="right")
         return np.zeros_like(numbers), shards, numbers - (self._ends[shards] - self._counts[shards])
+
+    def shards_between(self, first: int, last: int) -> list[int]:
+        """The shards of the numbers first .. last, in order."""
+        a, z = np.searchsorted(self._ends, [first, last], side="right").tolist()
+        return (a + np.flatnonzero(self._counts[a : z + 1])).tolist()
 
 
 def default_lanes(batch_size: int, n_shards: int, samples: int) -> int:

@@ -29,6 +29,7 @@ from fdscale.data.lost import Lost, Replaced
 from fdscale.data.mixture import Joined, Mixture
 from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
+from fdscale.data.prefetch import Prefetch, plan_of_lanes, plan_of_stretch
 
 Batches = Generator[dict[str, Any], None, None]
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
@@ -138,7 +139,9 @@ def batches(
         raise UserError(f"start is sample number {start}, expected 0 or more")
     assert 0 <= rank < world
     plan = _Slots(batch_size, micro_batch, rank, world, start, stop)
-    return _deliver(samples, plan, workers, prefetch, pin_memory, complete)
+    need = plan_of_lanes(samples.order, rank, world, samples.index.cache.ranks)
+    ahead = Prefetch(samples.index, need, start + rank) if samples.index.remote else None
+    return _deliver(samples, plan, workers, prefetch, pin_memory, ahead, complete)
 
 
 def chosen_batches(
@@ -176,7 +179,9 @@ def evaluation_batches(
     mine = np.arange(-(-share // micro_batch) * micro_batch) + rank * share
     weights = (mine < min((rank + 1) * share, total)).astype(np.float32).reshape(-1, micro_batch)
     plan = np.minimum(mine, total - 1).reshape(-1, micro_batch).tolist()
-    return _weighted(_deliver(samples, plan, workers, prefetch, pin_memory), torch.from_numpy(weights))
+    need = plan_of_stretch(Sequential(index.counts), plan[-1][-1])
+    ahead = Prefetch(index, need, plan[0][0]) if index.remote else None
+    return _weighted(_deliver(samples, plan, workers, prefetch, pin_memory, ahead), torch.from_numpy(weights))
 
 
 class _Slots:
@@ -208,7 +213,13 @@ class _Guarded(Dataset):
 
 
 def _deliver(
-    samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool, complete: Complete | None = None
+    samples: Samples,
+    plan: Any,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    ahead: Prefetch | None = None,
+    complete: Complete | None = None,
 ) -> Batches:
     loader = DataLoader(
         _Guarded(samples),
@@ -221,12 +232,16 @@ def _deliver(
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
     )
     iterator = iter(loader)
-    stop = partial(_stop_workers, iterator)
+    stop = partial(_stop_workers, iterator, ahead)
     atexit.register(stop)  # workers ignore SIGTERM, so multiprocessing would wait for them for ever at exit
     try:
+        if ahead is not None:
+            ahead.start()  # after the workers: a fork copies no threads, but may copy what they hold
         for batch in iterator:
             if isinstance(batch, UserError):
                 raise batch
+            if ahead is not None:
+                ahead.advance(int(batch["numbers"][0]))
             yield batch
     except RuntimeError as error:
         codes = [process.exitcode for process in _processes(iterator)]
@@ -279,8 +294,10 @@ def _processes(iterator: Any) -> list[Any]:
     return getattr(iterator, "_workers", [])
 
 
-def _stop_workers(iterator: Any) -> None:
+def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
     """End the workers now; the loader itself would only do so when its last reference is gone."""
+    if ahead is not None:
+        ahead.close()
     shutdown = getattr(iterator, "_shutdown_workers", None)
     if shutdown is not None:
         shutdown()
