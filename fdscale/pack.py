@@ -11,6 +11,8 @@ from rich.progress import Progress
 
 from fdscale.data import shards as data
 from fdscale.data.index import index as index_shards
+from fdscale.data.tar import Problem
+from fdscale.data.verify import verify as verify_shards
 
 PROBLEMS_FOUND = 2
 
@@ -49,12 +51,12 @@ def index(shards: str, index: str | None, workers: int) -> int:
 def verify(shards: str, index: str | None, decode: bool, workers: int, json: bool) -> int:
     """`fdscale shards verify`; exit code 2 when anything is wrong."""
     with _bar("verifying") as progress:
-        problems = data.verify(shards, index, decode=decode, workers=workers, progress=progress)
+        problems = verify_shards(shards, index, decode=decode, workers=workers, progress=progress)
     _print(problems, json)
     return PROBLEMS_FOUND if problems else 0
 
 
-def _print(problems: list[data.Problem], as_json: bool) -> None:
+def _print(problems: list[Problem], as_json: bool) -> None:
     if as_json:
         print(json.dumps([problem._asdict() for problem in problems]))
     else:

@@ -1,61 +1,45 @@
 """The index of a set: which shards it has, how many samples each holds, and where their bytes lie.
 
-On disk, apart from the shards, in a folder of its own:
-
-    index.json    {"version", "fingerprint",
-                   "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar"}, ...]}
-    NAME.npz      for each shard: the arrays of tar.Layout, and "stamp" (version, bytes, mtime_ns); no pickles
-
-Names are relative to the folder that holds all shards, in natural order ("2" before "10"), and "layout" is a hash of
-the arrays. The fingerprint, a hash over names, samples, bytes and layouts, identifies the data and so the order of a
-run.
+Making an index, opening it, and reading samples through it. Its files are described in index_file.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatch
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from fdscale import UserError
-from fdscale.data.files import (
-    Shards,
-    common_folder,
-    expand,
-    natural,
-    parts_of,
-    patterns_of,
-    prepare_folder,
-    write_atomically,
+from fdscale.data import foreign
+from fdscale.data.files import Shards, common_folder, expand, natural, parts_of, patterns_of, prepare_folder
+from fdscale.data.index_file import (
+    NO_SAMPLES,
+    UNREADABLE,
+    VERSION,
+    Entry,
+    Stamp,
+    fingerprint,
+    layout_hash,
+    load_entries,
+    load_left_out,
+    load_sidecar,
+    save_sidecar,
+    write_entries,
 )
 from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
 from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS, Layout, Problem, header_size, scan
 
-VERSION = 1
 OPEN_FILES = 256  # per process; the usual limit is 1024
 COLUMN_BYTES = 128 * 2**20  # per process; a shard of 10 000 samples takes about 0.4 MB
 MOST_NAMED = 20  # problems spelled out in one error
+MOST_HELD = 10_000  # problems kept for such an error: a set of billions may be damaged everywhere
 
 Progress = Callable[[int, int], None]
-
-
-class Entry(NamedTuple):
-    """What index.json says of one shard."""
-
-    name: str
-    samples: int
-    bytes: int
-    mtime_ns: int
-    layout: str
-    sidecar: str
 
 
 class Index:
@@ -79,6 +63,11 @@ class Index:
     def samples(self) -> int:
         """Samples in all shards."""
         return int(self.counts.sum())
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """(samples left out, shards whose damaged rest is left out): none but where the index was told to."""
+        return sum(entry.left_out for entry in self._entries), sum(entry.damaged for entry in self._entries)
 
     def key(self, shard: int, row: int) -> str:
         """The key of a sample."""
@@ -143,41 +132,62 @@ class Index:
     def _layout(self, shard: int) -> Layout:
         entry = self._entries[shard]
         path = os.path.join(self.index_dir, entry.sidecar)
-        layout = load_sidecar(path)
+        layout = load_sidecar(path, total=entry.bytes)
         if layout is None or layout_hash(layout) != entry.layout:
             raise UserError(f"{path}: missing or damaged; delete it and run fdscale shards index again")
         return layout
 
 
-def index(shards: Shards, index_dir: str | None = None, workers: int = 1, progress: Progress | None = None) -> Index:
+def index(
+    shards: Shards,
+    index_dir: str | None = None,
+    workers: int = 1,
+    progress: Progress | None = None,
+    *,
+    skip_damaged: bool = False,
+    trust_idx: bool = False,
+    counts: Sequence[str] = (),
+    report: Callable[[Problem], None] | None = None,
+) -> Index:
     """Index shards from their headers; those unchanged since an earlier call (size and mtime) are not read again.
 
     shards: see `expand`. index_dir: where the index goes, by default the folder "index" beside the shards. An index
     may be filled by several calls, as for train-*.tar and val-*.tar in one folder. progress: called with (shards
-    done, shards).
-    Raises UserError listing what is wrong in which shard; the index then stays as it was, what was read is kept for
-    the next call.
+    done, shards). skip_damaged: index what is whole, list the rest in left-out.jsonl, and call `report` with whatever
+    is wrong. trust_idx and counts: what to do with others' indexes, see foreign.py.
+    Raises UserError listing what is wrong in which shard, unless skip_damaged; the index then stays as it was, what
+    was read is kept for the next call.
     """
     paths = expand(shards)
     root = common_folder(paths)
     index_dir = os.path.abspath(index_dir or os.path.join(root, "index"))
     prepare_folder(index_dir, "--index")
+    before = _before(index_dir)
+    names = [os.path.relpath(path, root) for path in paths]
+    claims = foreign.claims_of_set(root, names, counts)
+    jobs = (
+        _Job(path, name, index_dir, before.get(name), claims.get(name, []), trust_idx)
+        for path, name in zip(paths, names, strict=True)
+    )
     entries: list[Entry] = []
     problems: list[Problem] = []
-    jobs = [(path, os.path.relpath(path, root), index_dir) for path in paths]
-    for done, (entry, found) in enumerate(parallel(_index_shard, jobs, workers), 1):
-        problems += found
-        entries += [entry] if entry else []
-        if progress:
-            progress(done, len(jobs))
+    bad = 0
+    try:
+        for done, (entry, found) in enumerate(parallel(_index_shard, jobs, min(workers, len(paths))), 1):
+            entries.append(entry)
+            bad += bool(found)
+            problems += found[: 0 if skip_damaged else max(0, MOST_HELD - len(problems))]
+            for problem in found if skip_damaged and report else ():
+                report(problem)
+            if progress:
+                progress(done, len(paths))
+    except OSError as error:  # what is wrong with reading a shard is a problem of it: this is about writing
+        raise UserError(f"{index_dir}: cannot be written ({error.strerror})") from error
     if problems:
-        raise UserError(_listed(problems, len(paths)))
+        raise UserError(_listed(problems, bad, len(paths)))
     if not any(entry.samples for entry in entries):
-        raise UserError(f"the {len(paths)} shards in {root} hold no samples at all; check which files were given")
-    everything = entries + _others(index_dir, root, {entry.name for entry in entries})
-    everything.sort(key=lambda entry: natural(entry.name))
-    content = {"version": VERSION, "fingerprint": fingerprint(everything), "shards": [e._asdict() for e in everything]}
-    write_atomically(os.path.join(index_dir, "index.json"), json.dumps(content, indent=1).encode())
+        raise UserError(f"the {len(paths)} shards in {root} hold no samples at all that are whole; check which files were given")
+    write_entries(index_dir, entries + _others(before, root, set(names)))
     return open_index(shards, index_dir)
 
 
@@ -203,7 +213,7 @@ def match(
     """
     paths = expand(shards)
     index_dir = os.path.abspath(index_dir or os.path.join(common_folder(paths), "index"))
-    entries = {entry.name: entry for entry in _load_entries(os.path.join(index_dir, "index.json"))}
+    entries = {entry.name: entry for entry in load_entries(os.path.join(index_dir, "index.json"))}
     named = [(path, _name_in(entries, path)) for path in paths]
     unknown = [path for path, name in named if name is None]
     chosen = [(path, entries[name]) for path, name in named if name is not None]
@@ -219,22 +229,8 @@ def match(
     return index_dir, roots[0], chosen, unknown, gone
 
 
-def fingerprint(entries: list[Entry]) -> str:
-    """A hash (64 hex digits) of what decides which bytes sample number n is, given a seed."""
-    listed = sorted((entry.name, entry.samples, entry.bytes, entry.layout) for entry in entries)
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def layout_hash(layout: Layout) -> str:
-    """A hash (64 hex digits) of the arrays of a layout."""
-    digest = hashlib.sha256()
-    for array in layout:
-        digest.update(f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
 def scan_file(path: str, name: str) -> tuple[tuple[Layout, os.stat_result] | None, list[Problem]]:
-    """((layout, stat) of a shard, what is wrong with it); None for the first if the file or the tar is damaged."""
+    """((layout of its whole samples, stat) of a shard, what is wrong with it); None for the first if it is unreadable."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -251,73 +247,76 @@ def scan_file(path: str, name: str) -> tuple[tuple[Layout, os.stat_result] | Non
         os.close(file)
 
 
-def _index_shard(job: tuple[str, str, str]) -> tuple[Entry | None, list[Problem]]:
-    path, name, index_dir = job
-    sidecar = os.path.join(index_dir, name + ".npz")
+class _Job(NamedTuple):
+    """A shard to index. before: what an earlier index says of it. claims: what others' indexes of the set say."""
+
+    path: str
+    name: str
+    index_dir: str
+    before: Entry | None
+    claims: list[foreign.Claim]
+    trust_idx: bool
+
+
+def _index_shard(job: _Job) -> tuple[Entry, list[Problem]]:
+    """(what the index will say of a shard, what is wrong with it)."""
+    sidecar = os.path.join(job.index_dir, job.name + ".npz")
     try:
-        stat = os.stat(path)
-        layout = load_sidecar(sidecar, (VERSION, stat.st_size, stat.st_mtime_ns))
-    except OSError:
-        layout = None  # scan_file says what is wrong
-    if layout is None:
-        scanned, problems = scan_file(path, name)
-        if scanned is None or problems:
-            return None, problems
-        layout, stat = scanned
-        _save_sidecar(sidecar, layout, (VERSION, stat.st_size, stat.st_mtime_ns))
-    return Entry(name, len(layout.keys), stat.st_size, stat.st_mtime_ns, layout_hash(layout), name + ".npz"), []
+        stat = os.stat(job.path)
+        stamp = (VERSION, stat.st_size, stat.st_mtime_ns)
+    except OSError:  # reading it will say why
+        stamp = (VERSION, 0, UNREADABLE)
+    if job.before is not None and stamp[1:] == (job.before.bytes, job.before.mtime_ns) and os.path.exists(sidecar):
+        entry = job.before
+        left_out = load_left_out(job.index_dir, entry) if entry.left_out or entry.damaged else []
+    elif (layout := load_sidecar(sidecar, stamp)) is not None:
+        entry = _entry(job.name, layout, stamp)
+        left_out = load_left_out(job.index_dir, entry, missing_ok=True)
+        entry = _counting(entry, left_out)
+    else:
+        layout, stamp, left_out = _read_shard(job, stamp)
+        save_sidecar(sidecar, layout, stamp, left_out)
+        entry = _counting(_entry(job.name, layout, stamp), left_out)
+    return entry, left_out + foreign.disagreements(job.path, entry, job.claims)
 
 
-def _save_sidecar(path: str, layout: Layout, stamp: tuple[int, int, int]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, stamp=np.array(stamp, np.int64), **layout._asdict())
-    write_atomically(path, buffer.getvalue())
+def _read_shard(job: _Job, stamp: Stamp) -> tuple[Layout, Stamp, list[Problem]]:
+    if job.trust_idx and (theirs := foreign.layout_of(job.path, job.name)) is not None:
+        return theirs, stamp, []
+    scanned, problems = scan_file(job.path, job.name)
+    if scanned is None:
+        return NO_SAMPLES, (VERSION, stamp[1], UNREADABLE), problems
+    layout, stat = scanned
+    return layout, (VERSION, stat.st_size, stat.st_mtime_ns), problems
 
 
-def load_sidecar(path: str, stamp: tuple[int, int, int] | None = None) -> Layout | None:
-    """The layout in a sidecar; None if there is none, it is damaged, or the shard was in another state than `stamp`."""
+def _entry(name: str, layout: Layout, stamp: Stamp) -> Entry:
+    return Entry(name, len(layout.keys), stamp[1], stamp[2], layout_hash(layout), name + ".npz")
+
+
+def _counting(entry: Entry, left_out: list[Problem]) -> Entry:
+    keys = {problem.key for problem in left_out}
+    samples = len([problem for problem in left_out if problem.key])
+    return entry._replace(left_out=samples, damaged="" in keys)
+
+
+def _before(index_dir: str) -> dict[str, Entry]:
+    """What an earlier index lists, by name."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if stamp is not None and tuple(arrays["stamp"].tolist()) != stamp:
-                return None
-            return Layout(**{field: arrays[field] for field in Layout._fields})
-    except Exception:  # numpy, zipfile and zlib each raise their own on damage
-        return None
-
-
-def _load_entries(path: str) -> list[Entry]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content: Any = json.load(file)
-        if content["version"] != VERSION:
-            raise UserError(f"{path}: has version {content['version']}, this fdscale reads {VERSION}; index anew")
-        entries = [Entry(**shard) for shard in content["shards"]]
-        if content["fingerprint"] != fingerprint(entries):
-            raise UserError(f"{path}: was changed (its fingerprint does not fit); run fdscale shards index again")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no index there; run fdscale shards index, or name its place (--index DIR)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: cannot be read as an index ({error}); run fdscale shards index again") from None
-    for entry in entries:
-        if any(os.path.isabs(name) or ".." in name.split("/") for name in (entry.name, entry.sidecar)):
-            raise UserError(f"{path}: names a file outside its folder ({entry.name}); do not use this index")
-    return entries
-
-
-def _others(index_dir: str, root: str, names: set[str]) -> list[Entry]:
-    """What an earlier index lists besides these names, as far as it is still there unchanged."""
-    try:
-        listed = _load_entries(os.path.join(index_dir, "index.json"))
+        return {entry.name: entry for entry in load_entries(os.path.join(index_dir, "index.json"))}
     except UserError:  # none yet, or one to be replaced
-        return []
+        return {}
+
+
+def _others(before: dict[str, Entry], root: str, names: set[str]) -> list[Entry]:
+    """What an earlier index lists besides these names, as far as it is still there unchanged."""
     kept = []
-    for entry in listed:
+    for entry in before.values():
         with suppress(OSError):
-            stat = os.stat(os.path.join(root, entry.name))
-            if entry.name not in names and (stat.st_size, stat.st_mtime_ns) == (entry.bytes, entry.mtime_ns):
-                kept.append(entry)
+            if entry.name not in names:
+                stat = os.stat(os.path.join(root, entry.name))
+                if stat.st_size == entry.bytes and entry.mtime_ns in (stat.st_mtime_ns, UNREADABLE):
+                    kept.append(entry)
     return kept
 
 
@@ -328,12 +327,14 @@ def _name_in(entries: dict[str, Entry], path: str) -> str | None:
     return next((tail for tail in tails if tail in entries), None)
 
 
-def _listed(problems: list[Problem], shards: int) -> str:
-    bad = len({problem.shard for problem in problems})
+def _listed(problems: list[Problem], bad: int, shards: int) -> str:
     lines = [str(problem) for problem in problems[:MOST_NAMED]]
     if len(problems) > MOST_NAMED:
         lines.append(f"and {len(problems) - MOST_NAMED} more")
-    return f"{bad} of {shards} shards cannot be used; repair them or leave them out:\n  " + "\n  ".join(lines)
+    return (
+        f"{bad} of {shards} shards cannot be used; repair them, leave them out, or index what is whole of them "
+        "(--skip-damaged):\n  " + "\n  ".join(lines)
+    )
 
 
 def _pread(file: int, size: int, offset: int) -> bytes:

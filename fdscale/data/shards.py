@@ -19,11 +19,11 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from fdscale import UserError
-from fdscale.data.files import Shards, prepare_folder
-from fdscale.data.index import Entry, Index, Progress, index, layout_hash, load_sidecar, match, open_index, scan_file
+from fdscale.data.files import prepare_folder
+from fdscale.data.index import Index, Progress, index, open_index
 from fdscale.data.order import check_seed, permutation
 from fdscale.data.parallel import parallel
-from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS, Layout, Problem, split_name
+from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS, split_name
 
 MAX_BYTES = 256 * 2**20  # of a shard: sequential reads stay long, and a shard of 1000 to 4000 photos shuffles well
 
@@ -93,68 +93,6 @@ def make(
             raise UserError(f"{out}: cannot be written ({error.strerror}); nothing was kept") from error
         raise
     return open_index(out, index_dir)
-
-
-def verify(
-    shards: Shards,
-    index_dir: str | None = None,
-    *,
-    decode: bool = False,
-    workers: int = 1,
-    progress: Progress | None = None,
-) -> list[Problem]:
-    """Read shards anew, every byte of every sample, and compare them with their index; all that is wrong.
-
-    decode: decode every image as well. progress: called with (shards done, shards). Raises UserError if there is no
-    index.
-    """
-    index_dir, _, chosen, unknown, gone = match(shards, index_dir)
-    problems = [Problem(path, "", "is not in the index; run fdscale shards index") for path in unknown]
-    problems += [Problem(path, "", "is in the index, but gone") for path in gone]
-    jobs = [(path, entry, index_dir, decode) for path, entry in chosen]
-    for done, found in enumerate(parallel(_verify_shard, jobs, workers), 1):
-        problems += found
-        if progress:
-            progress(done, len(jobs))
-    return problems
-
-
-def _verify_shard(job: tuple[str, Entry, str, bool]) -> list[Problem]:
-    path, entry, index_dir, decode = job
-    scanned, problems = scan_file(path, entry.name)
-    if scanned is None:
-        return problems
-    layout, stat = scanned
-    indexed = load_sidecar(os.path.join(index_dir, entry.sidecar))
-    if indexed is None or layout_hash(indexed) != entry.layout:
-        problems.append(Problem(entry.name, "", f"its index file {entry.sidecar} is missing or damaged; index it anew"))
-    if (stat.st_size, layout_hash(layout)) != (entry.bytes, entry.layout):
-        reason = f"changed since it was indexed ({stat.st_size} bytes, {entry.bytes} in the index); index it anew"
-        problems.append(Problem(entry.name, "", reason))
-    with open(path, "rb") as file:
-        return problems + list(_check_members(file, layout, entry.name, decode))
-
-
-def _check_members(file: io.BufferedReader, layout: Layout, shard: str, decode: bool) -> Iterator[Problem]:
-    if decode:
-        from fdscale.data.augment import decode as decode_image  # imports torch, which the rest does not need
-    names = [name.decode() for name in layout.extensions.tolist()]
-    starts, offsets, sizes = layout.starts.tolist(), layout.offsets.tolist(), layout.sizes.tolist()
-    for i, raw_key in enumerate(layout.keys.tolist()):
-        key = raw_key.decode()
-        for j in range(starts[i], starts[i + 1]):
-            name = names[layout.kinds[j]]
-            try:
-                file.seek(offsets[j])
-                data = file.read(sizes[j])
-                if len(data) < sizes[j]:
-                    yield Problem(shard, key, f".{name} is cut short ({len(data)} of {sizes[j]} bytes)")
-                elif decode and name in IMAGE_EXTENSIONS:
-                    decode_image(data)
-            except OSError as error:
-                yield Problem(shard, key, f".{name} cannot be read ({error.strerror})")
-            except UserError as error:
-                yield Problem(shard, key, str(error))
 
 
 def _from_folder(root: str) -> tuple[list[Source], list[str] | None]:

@@ -93,19 +93,19 @@ def members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
             window, start = os.pread(file, WINDOW, at), at
         header = window[at - start : at - start + BLOCK]
         if header == _END:
-            _check_end(file, at, bool(pending))
+            check_end(file, at, bool(pending))
             return
-        kind, name, size = _parse(header, at, total)
+        kind, name, size = parse_header(header, at, total)
         data = at + BLOCK
         if kind in b"LKxXg":
             if size > MOST_HEADER:
                 raise UserError(f"the header at byte {at} announces {size} bytes of names: damaged")
             payload = _read(file, data, size, total, at)
-            if kind == b"L":
-                pending["path"] = _text(payload.split(b"\0", 1)[0])
-            elif kind != b"K":
-                (attributes if kind == b"g" else pending).update(_pax(payload, at))
-            at = data + _padded(size)
+            new = {} if kind == b"K" else _pax(payload, at) if kind in b"xXg" else {"path": _text(payload.split(b"\0")[0])}
+            if kind != b"g" and "path" in new and "path" in pending:  # of which readers take the first, or the last
+                raise UserError(f"two long names for one member at byte {at}: damaged")
+            (attributes if kind == b"g" else pending).update(new)
+            at = data + padded(size)
             continue
         about = {**attributes, **pending} if attributes or pending else {}
         pending = {}
@@ -120,11 +120,11 @@ def members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
             raise UserError(f"truncated: '{name}' should reach byte {data + size}, but the file ends at byte {total}")
         if kind in _REGULAR and not name.endswith("/"):
             yield name, data, size
-        at = data + _padded(size)
+        at = data + padded(size)
 
 
-def _parse(header: bytes, at: int, total: int) -> tuple[bytes, str, int]:
-    """(type, name, size) of a header."""
+def parse_header(header: bytes, at: int, total: int) -> tuple[bytes, str, int]:
+    """(type, name, size) of the header at byte `at` of a file of `total` bytes. Raises UserError if it is damaged."""
     if len(header) < BLOCK:
         where = "inside the header" if header else "without the mark that ends an archive,"
         raise UserError(f"truncated: the file ends {where} at byte {min(at, total)}")
@@ -166,7 +166,7 @@ def _pax_size(about: dict[str, str], size: int, at: int) -> int:
     return size
 
 
-def _check_end(file: int, at: int, pending: bool) -> None:
+def check_end(file: int, at: int, pending: bool) -> None:
     """After the end mark there may be padding only: a header overwritten by zeros looks like an end mark as well."""
     if pending:
         raise UserError(f"truncated: the archive ends at byte {at}, right after the long name of a member")
@@ -187,7 +187,8 @@ def _read(file: int, offset: int, size: int, total: int, at: int) -> bytes:
     return data
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """A size rounded up to whole blocks, bytes."""
     return -(-size // BLOCK) * BLOCK
 
 

@@ -19,7 +19,8 @@ from PIL import Image
 
 from fdscale import UserError
 from fdscale.data import shards as shards_module
-from fdscale.data.shards import make, verify
+from fdscale.data.shards import make
+from fdscale.data.verify import verify
 
 
 def read(folder):
