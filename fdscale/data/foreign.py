@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdscale import UserError
-from fdscale.data.index_file import Entry
 from fdscale.data.tar import BLOCK, Layout, Problem, arrange, check_end, padded, parse_header, split_name
 
 CHECKED = 32  # headers of a shard read before DALI's offsets are believed
@@ -71,13 +70,12 @@ def claims_of_set(root: str, names: Sequence[str], given: Sequence[str] = ()) ->
     return dict(found)
 
 
-def disagreements(path: str, entry: Entry, claims: Iterable[Claim]) -> list[Problem]:
-    """The claims about a shard, those given and those in files beside it, that do not fit what was found in it."""
-    found = entry.samples + entry.left_out
+def disagreements(path: str, shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
+    """The claims about a shard, those given and those in files beside it, that differ from the samples found in it."""
     wrong = [claim for claim in (*claims, *_claims_beside(path)) if claim.samples != found]
     return [
         Problem(
-            entry.name,
+            shard,
             "",
             f"holds {found} samples, {claim.source} says {claim.samples}: the shard lost some, or that file is of "
             "another state of it (delete the file then)",

@@ -277,7 +277,8 @@ def _index_shard(job: _Job) -> tuple[Entry, list[Problem]]:
         layout, stamp, left_out = _read_shard(job, stamp)
         save_sidecar(sidecar, layout, stamp, left_out)
         entry = _counting(_entry(job.name, layout, stamp), left_out)
-    return entry, left_out + foreign.disagreements(job.path, entry, job.claims)
+    found = entry.samples + entry.left_out
+    return entry, left_out + foreign.disagreements(job.path, job.name, found, job.claims)
 
 
 def _read_shard(job: _Job, stamp: Stamp) -> tuple[Layout, Stamp, list[Problem]]:
@@ -295,9 +296,8 @@ def _entry(name: str, layout: Layout, stamp: Stamp) -> Entry:
 
 
 def _counting(entry: Entry, left_out: list[Problem]) -> Entry:
-    keys = {problem.key for problem in left_out}
-    samples = len([problem for problem in left_out if problem.key])
-    return entry._replace(left_out=samples, damaged="" in keys)
+    samples = sum(bool(problem.key) for problem in left_out)
+    return entry._replace(left_out=samples, damaged=samples < len(left_out))
 
 
 def _before(index_dir: str) -> dict[str, Entry]:

@@ -293,7 +293,7 @@ def _packed(texts: list[str]) -> np.ndarray:
 def _check_samples(
     shard: str, keys: list[str], starts: list[int], names: list[str], rows: list[tuple[int, int, int]]
 ) -> list[tuple[int, Problem]]:
-    """What is wrong with which sample: (its number, problem)."""
+    """What is wrong with which sample: (its number, problem), one for each."""
     problems: list[tuple[int, Problem]] = []
     kinds = [kind for kind, _, _ in rows]
     held = [tuple(kinds[first:end]) for first, end in pairwise(starts)]  # few different ones, so each is judged once
@@ -314,7 +314,8 @@ def _check_samples(
         seen.add(key)
         if empty and (at := next((at for at in range(starts[i], starts[i + 1]) if at in empty), None)) is not None:
             wrong = [*wrong, f"its .{names[kinds[at]]} is empty"]
-        problems += [(i, Problem(shard, key, reason)) for reason in wrong]
+        if wrong:
+            problems.append((i, Problem(shard, key, "; ".join(wrong))))
     return problems
 
 

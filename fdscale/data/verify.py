@@ -72,13 +72,15 @@ def _verify_shard(job: _Job) -> list[Problem]:
         return problems
     layout, stat = scanned
     indexed = load_sidecar(os.path.join(job.index_dir, entry.sidecar), total=entry.bytes)
-    if indexed is None or layout_hash(indexed) != entry.layout:
+    if indexed is None or layout_hash(indexed) not in (entry.layout, layout_hash(layout)):
         problems.append(Problem(entry.name, "", f"its index file {entry.sidecar} is missing or damaged; index it anew"))
     damaged = any(not problem.key and not problem.left_out for problem in problems)  # then it is clear what changed
     if not damaged and (stat.st_size, layout_hash(layout)) != (entry.bytes, entry.layout):
         reason = f"changed since it was indexed ({stat.st_size} bytes, {entry.bytes} in the index); index it anew"
         problems.append(Problem(entry.name, "", reason))
-    problems += [one._replace(left_out=bool(known)) for one in foreign.disagreements(path, entry, job.claims)]
+    found = len(layout.keys) + sum(bool(problem.key) for problem in problems)
+    disagreeing = foreign.disagreements(path, entry.name, found, job.claims)
+    problems += [problem._replace(left_out=entry.damaged) for problem in disagreeing]
     try:
         with open(path, "rb") as file:
             return problems + list(_check_members(file, layout, entry.name, job.decode))
