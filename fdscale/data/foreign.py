@@ -61,12 +61,10 @@ def claims_of_set(root: str, names: Sequence[str], given: Sequence[str] = ()) ->
         for url, count in listed or ():
             parts = url.split("?")[0].split("/")
             tails = ("/".join(parts[i:]) for i in range(len(parts)))
-            name = next((tail for tail in tails if tail in known), None)
-            same = by_base.get(parts[-1], ())
-            if name is None and len(same) == 1:
-                name = same[0]
-            if name is not None:
-                found[name].append(Claim(path, count))
+            same = by_base.get(parts[-1], [])
+            meant = next((tail for tail in tails if tail in known), same[0] if len(same) == 1 else None)
+            if meant is not None:
+                found[meant].append(Claim(path, count))
     return dict(found)
 
 

@@ -177,8 +177,9 @@ def index(
             entries.append(entry)
             bad += bool(found)
             problems += found[: 0 if skip_damaged else max(0, MOST_HELD - len(problems))]
-            for problem in found if skip_damaged and report else ():
-                report(problem)
+            if skip_damaged and report:
+                for problem in found:
+                    report(problem)
             if progress:
                 progress(done, len(paths))
     except OSError as error:  # what is wrong with reading a shard is a problem of it: this is about writing
@@ -186,7 +187,9 @@ def index(
     if problems:
         raise UserError(_listed(problems, bad, len(paths)))
     if not any(entry.samples for entry in entries):
-        raise UserError(f"the {len(paths)} shards in {root} hold no samples at all that are whole; check which files were given")
+        raise UserError(
+            f"the {len(paths)} shards in {root} hold no samples at all that are whole; check which files were given"
+        )
     write_entries(index_dir, entries + _others(before, root, set(names)))
     return open_index(shards, index_dir)
 
@@ -230,7 +233,7 @@ def match(
 
 
 def scan_file(path: str, name: str) -> tuple[tuple[Layout, os.stat_result] | None, list[Problem]]:
-    """((layout of its whole samples, stat) of a shard, what is wrong with it); None for the first if it is unreadable."""
+    """((layout of its whole samples, stat) of a shard, what is wrong with it); None first if it is unreadable."""
     try:
         file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

@@ -135,7 +135,7 @@ def save_sidecar(path: str, layout: Layout, stamp: Stamp, left_out: list[Problem
         text = json.dumps([[problem.key, problem.reason] for problem in left_out])
         arrays["left_out"] = np.frombuffer(text.encode(), np.uint8)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     write_atomically(path, [buffer.getvalue()])
 
 

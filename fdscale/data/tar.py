@@ -101,7 +101,13 @@ def members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
             if size > MOST_HEADER:
                 raise UserError(f"the header at byte {at} announces {size} bytes of names: damaged")
             payload = _read(file, data, size, total, at)
-            new = {} if kind == b"K" else _pax(payload, at) if kind in b"xXg" else {"path": _text(payload.split(b"\0")[0])}
+            new = (
+                {}
+                if kind == b"K"
+                else _pax(payload, at)
+                if kind in b"xXg"
+                else {"path": _text(payload.split(b"\0")[0])}
+            )
             if kind != b"g" and "path" in new and "path" in pending:  # of which readers take the first, or the last
                 raise UserError(f"two long names for one member at byte {at}: damaged")
             (attributes if kind == b"g" else pending).update(new)
@@ -254,7 +260,9 @@ def arrange(found: Iterable[tuple[str, int, int]], shard: str) -> tuple[Layout, 
         last = len(keys) - 1
         kinds = {kind for kind, _, _ in rows[starts[last] :]} if keys else set()
         if keys and (last == 0 or len(kinds) < len(names)) and not any(i == last for i, _ in problems):
-            problems.append((last, Problem(shard, keys[last], "the damage follows it: what else belongs to it is lost")))
+            problems.append(
+                (last, Problem(shard, keys[last], "the damage follows it: what else belongs to it is lost"))
+            )
     layout = _layout(keys, starts, names, rows, {i for i, _ in problems})
     left = [problem for _, problem in problems]
     return layout, left if damage is None else [*left, Problem(shard, "", damage)]

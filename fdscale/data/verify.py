@@ -138,7 +138,8 @@ def shared_keys(index_dir: str, entries: list[Entry]) -> list[Problem]:
             holders[key].append(entry.name)
     shared = [(key, names) for key, names in holders.items() if len(names) > 1]
     problems = [
-        Problem(names[1], key.decode(), f"{names[0]} holds a sample of the same key") for key, names in shared[:MOST_SHARED]
+        Problem(names[1], key.decode(), f"{names[0]} holds a sample of the same key")
+        for key, names in shared[:MOST_SHARED]
     ]
     if len(shared) > MOST_SHARED:
         problems.append(Problem("all shards", "", f"{len(shared) - MOST_SHARED} more keys are in several shards"))

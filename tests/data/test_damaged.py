@@ -70,7 +70,9 @@ def test_what_is_whole_is_indexed_and_the_rest_listed(spoilt, workers):
         ("2.tar", "00200"),
         ("3.tar", ""),
     ]
-    for one, text in zip(left, ("lacks .cls", "truncated", "lacks .cls", "is empty", "twice", "not a tar"), strict=True):
+    for one, text in zip(
+        left, ("lacks .cls", "truncated", "lacks .cls", "is empty", "twice", "not a tar"), strict=True
+    ):
         assert text in one["reason"]
     assert [(p.shard, p.key, p.reason) for p in reported] == [(o["shard"], o["key"], o["reason"]) for o in left]
     with tarfile.open(spoilt / "2.tar") as tar:

@@ -80,7 +80,9 @@ COUNTS = {"set-0.tar": 5, "set-1.tar": 7, "set-2.tar": 4}
 
 
 def write_wids(folder: Path, counts: dict[str, int]) -> Path:
-    listed = [{"url": f"gs://bucket/x/{name}", "md5sum": "0", "nsamples": n, "filesize": 1} for name, n in counts.items()]
+    listed = [
+        {"url": f"gs://bucket/x/{name}", "md5sum": "0", "nsamples": n, "filesize": 1} for name, n in counts.items()
+    ]
     file = folder / "shardindex.json"
     file.write_text(json.dumps({"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": listed}, indent=2))
     return file
@@ -107,7 +109,9 @@ def write_sizes(folder: Path, counts: dict[str, int]) -> Path:
 def write_stats(folder: Path, counts: dict[str, int]) -> Path:
     for name, count in counts.items():
         file = folder / f"{name.removesuffix('.tar')}_stats.json"
-        file.write_text(json.dumps({"count": count + 3, "successes": count, "failed_to_download": 3, "status_dict": {}}))
+        file.write_text(
+            json.dumps({"count": count + 3, "successes": count, "failed_to_download": 3, "status_dict": {}})
+        )
     return folder / "set-1_stats.json"
 
 
@@ -127,7 +131,9 @@ def test_counts_of_others_are_a_cross_check(shards, write):
     assert [problem.shard for problem in reported] == ["set-1.tar"]
 
 
-@pytest.mark.parametrize("write", [wds2idx, lambda path: wds2idx(path, "v1.1"), energon], ids=["v1.2", "v1.1", "energon"])
+@pytest.mark.parametrize(
+    "write", [wds2idx, lambda path: wds2idx(path, "v1.1"), energon], ids=["v1.2", "v1.1", "energon"]
+)
 def test_indexes_of_single_shards_are_a_cross_check(shards, pack, members, write):
     """A shard cut between two samples and closed again by a careless tool: only the other index knows what is lost."""
     for path in shards.glob("*.tar"):
