@@ -27,6 +27,7 @@ from fdscale.data.index_file import (
     load_entries,
     load_left_out,
     load_sidecar,
+    read_layout,
     save_sidecar,
     write_entries,
 )
@@ -63,6 +64,11 @@ class Index:
     def samples(self) -> int:
         """Samples in all shards."""
         return int(self.counts.sum())
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All that the index says of each shard."""
+        return self._entries
 
     @property
     def left_out(self) -> tuple[int, int]:
@@ -119,7 +125,7 @@ class Index:
     def _load_column(self, key: tuple[int, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(keys (n,) bytes, offsets (n,) uint64, sizes (n,) uint64); offset 0 where a sample has no such member."""
         shard, extensions = key
-        layout = self._layout(shard)
+        layout = read_layout(self.index_dir, self._entries[shard])
         offsets, sizes = np.zeros((2, len(layout.keys)), np.uint64)
         owner = np.repeat(np.arange(len(layout.keys)), layout.starts[1:] - layout.starts[:-1])
         names = layout.extensions.tolist()
@@ -128,14 +134,6 @@ class Index:
                 mine = layout.kinds == names.index(extension.encode())
                 offsets[owner[mine]], sizes[owner[mine]] = layout.offsets[mine], layout.sizes[mine]
         return layout.keys, offsets, sizes
-
-    def _layout(self, shard: int) -> Layout:
-        entry = self._entries[shard]
-        path = os.path.join(self.index_dir, entry.sidecar)
-        layout = load_sidecar(path, total=entry.bytes)
-        if layout is None or layout_hash(layout) != entry.layout:
-            raise UserError(f"{path}: missing or damaged; delete it and run fdscale shards index again")
-        return layout
 
 
 def index(

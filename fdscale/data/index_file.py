@@ -154,6 +154,15 @@ def load_sidecar(path: str, stamp: Stamp | None = None, total: int | None = None
     return layout if _fits(layout, stamped[1] if total is None else total) else None
 
 
+def read_layout(index_dir: str, entry: Entry) -> Layout:
+    """The layout of a shard as the index has it. Raises UserError if its sidecar is missing or damaged."""
+    path = os.path.join(index_dir, entry.sidecar)
+    layout = load_sidecar(path, total=entry.bytes)
+    if layout is None or layout_hash(layout) != entry.layout:
+        raise UserError(f"{path}: missing or damaged; delete it and run fdscale shards index again")
+    return layout
+
+
 def load_left_out(index_dir: str, entry: Entry, missing_ok: bool = False) -> list[Problem]:
     """What was left out of a shard. missing_ok: a sidecar without such a list means nothing, else it is damaged."""
     arrays = _arrays(os.path.join(index_dir, entry.sidecar), ("left_out",))

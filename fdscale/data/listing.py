@@ -5,7 +5,7 @@
     *.parquet                            the same, or the bytes of the images, or Hugging Face's {bytes, path}
     train/ test/ ...                     splits, each of which is any of these; metadata.csv or .jsonl is its table
 
-Rows go into a file as they are found, so that millions of them need little memory: about 130 bytes each, mostly for
+Rows go into a file as they are found, so that millions of them need little memory: about 110 bytes each, mostly for
 telling keys apart.
 """
 
@@ -18,7 +18,6 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Iterator
-from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 from fdscale import UserError
@@ -65,7 +64,7 @@ class Listing:
     def __init__(self, path: str) -> None:
         self._file: BinaryIO = open(path, "wb+")  # noqa: SIM115 - closed by close()
         self._at = array("Q")
-        self._sizes = array("Q")
+        self._end = 0
         self._names: dict[str, int] = {}  # label -> number in the order of first sight
         self._keys: set[int] = set()
         self._kinds: set[type] = set()
@@ -108,10 +107,9 @@ class Listing:
         self._kinds.add(type(label))
         if len(self._kinds) > 1:
             raise UserError(f"{row.where}the labels are of several kinds: names, numbers or none; expected one kind")
-        self._at.append(self._file.seek(0, os.SEEK_END))
-        self._sizes.append(row.size)
-        values = row._replace(key=self._key_of(name) if key is None else key)._asdict() | {"cls": number}
-        self._file.write(json.dumps(list(values.values())).encode() + b"\n")
+        key = self._key_of(name) if key is None else key
+        self._at.append(self._end)
+        self._end += self._file.write(json.dumps([key, *row[1:5], number, row.where]).encode() + b"\n")
 
     def give_classes(self, names: list[str], where: str) -> None:
         """Say what the classes are called whose numbers the labels are. Raises UserError if it was said otherwise."""
@@ -146,10 +144,6 @@ class Listing:
         row = Row(*json.loads(self._file.readline()))
         return row if self._ranks is None or row.cls is None else row._replace(cls=self._ranks[row.cls])
 
-    def size(self, number: int) -> int:
-        """The size of a row's image, bytes."""
-        return self._sizes[number]
-
     def close(self) -> None:
         """Let go of the file."""
         self._file.close()
@@ -165,15 +159,14 @@ class Listing:
 
     def _where(self, key: str) -> str | None:
         """Where a key stands already; None if it does not (then only its hash was met before)."""
-        for number in range(len(self)):
-            row = self.row(number)
-            if row.key == key:
-                return row.where.rstrip(": ")
-        return None
+        rows = (self.row(number) for number in range(len(self)))
+        found = next((row.where.rstrip(": ") for row in rows if row.key == key), None)
+        self._file.seek(self._end)  # to go on writing
+        return found
 
     def _key_of(self, path: str) -> str:
         """A key of its own: the path without extension, further dots in the last part turned to "_"."""
-        parts = [part for part in PurePosixPath(path).parts if part not in ("/", "..")]
+        parts = [part for part in path.split("/") if part not in ("", ".", "..")]
         stem = os.path.splitext(parts[-1])[0].replace(".", "_")
         folder = "/".join(parts[:-1])
         if folder.startswith("__"):  # WebDataset skips folders such as __meta__
@@ -187,11 +180,9 @@ class Listing:
 
 
 def _usable(key: str) -> bool:
-    parts = PurePosixPath(key).parts
     return (
         split_name(f"{key}.jpg") == (key, "jpg")
-        and ".." not in parts
-        and "/" not in (key[:1], key[-1:])
+        and not {".", "..", ""} & set(key.split("/"))
         and "\n" not in key
         and len(key) < MOST_NAME // 2
     )
@@ -216,8 +207,7 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
         listing.finish(f"{source}: lists no images")
         return
     folder, prefix, files = _split_of(source, split)
-    tables = [os.path.join(folder, f"metadata.{kind}") for kind in ("csv", "jsonl", "parquet")]
-    table = next((path for path in tables if os.path.isfile(path)), None)
+    table = next(iter(_tables_in(folder)), None)
     if files:
         parquet.list_images(files, columns, listing, workers)
     elif table and table.endswith(".parquet"):
@@ -247,7 +237,7 @@ def _split_of(source: str, split: str | None) -> tuple[str, str, list[str]]:
         return source, "", chosen
     if split is None:
         parts = [name for name in folders if SPLITS.fullmatch(name)]
-        if parts and len(parts) == len(folders):
+        if parts and len(parts) == len(folders) and not _tables_in(source):
             raise UserError(
                 f"{source}: holds splits ({', '.join(parts)}), not classes; choose one with --split {parts[0]}, or "
                 "name the folder above the classes itself"
@@ -258,10 +248,14 @@ def _split_of(source: str, split: str | None) -> tuple[str, str, list[str]]:
         if os.path.isdir(folder):
             inside = sorted(entry.path for entry in os.scandir(folder) if entry.name.endswith(".parquet"))
             inside = [path for path in inside if os.path.basename(path) != "metadata.parquet"]
-            own = any(os.path.isfile(os.path.join(folder, f"metadata.{kind}")) for kind in ("csv", "jsonl", "parquet"))
-            above = any(os.path.isfile(os.path.join(base, f"metadata.{kind}")) for kind in ("csv", "jsonl", "parquet"))
-            return (base, f"{split}/", []) if above and not own and not inside else (folder, "", inside)
+            listed_above = _tables_in(base) and not _tables_in(folder) and not inside
+            return (base, f"{split}/", []) if listed_above else (folder, "", inside)
     raise UserError(f"{source}: has no split {split} (folders: {', '.join(folders) or 'none'})")
+
+
+def _tables_in(folder: str) -> list[str]:
+    tables = [os.path.join(folder, f"metadata.{kind}") for kind in ("csv", "jsonl", "parquet")]
+    return [path for path in tables if os.path.isfile(path)]
 
 
 def _split_name(path: str) -> str:

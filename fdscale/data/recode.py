@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from fdscale import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MOST_PIXELS = 400_000_000  # 1.2 GB as RGB: larger ones are refused before anything is decoded
+MOST_PIXELS = 89_478_485  # of what is packed: as many as a run decodes (augment.py)
+MOST_PIXELS_READ = 2 * MOST_PIXELS  # of what is made smaller: Pillow's own bound
 QUALITY = 90
 _MAGIC = {  # how a file begins -> the extension under which it is packed
     b"\xff\xd8\xff": "jpg",
@@ -71,6 +72,8 @@ def recode(data: bytes, extension: str, recoding: Recoding) -> tuple[bytes, str]
                 return _recode(image, data, extension, recoding)
     except UserError:
         raise
+    except Image.DecompressionBombError:
+        raise UserError(f"the image has more than {MOST_PIXELS_READ} pixels, and is not opened") from None
     except Image.UnidentifiedImageError:
         raise UserError(f"the {len(data)} bytes are no {', '.join(FORMATS)} image") from None
     except Exception as error:  # Pillow's readers raise whatever their parsing trips over
@@ -78,10 +81,10 @@ def recode(data: bytes, extension: str, recoding: Recoding) -> tuple[bytes, str]
 
 
 def _recode(image: Image.Image, data: bytes, extension: str, recoding: Recoding) -> tuple[bytes, str]:
-    if image.width * image.height > MOST_PIXELS:
-        raise UserError(f"the image has {image.width} x {image.height} pixels, more than the {MOST_PIXELS} allowed")
     short = min(image.size)
     smaller = recoding.resize is not None and short > recoding.resize
+    if not smaller and image.width * image.height > MOST_PIXELS:
+        raise UserError(f"the image has {image.width} x {image.height} pixels, more than the {MOST_PIXELS} allowed")
     if not smaller and (recoding.resize is not None or recoding.quality is None):
         if recoding.check:
             if image.format == "JPEG":

@@ -16,7 +16,7 @@ from fdscale import UserError
 from fdscale.data import foreign
 from fdscale.data.files import Shards
 from fdscale.data.index import Progress, match, scan_file
-from fdscale.data.index_file import Entry, layout_hash, load_left_out, load_sidecar
+from fdscale.data.index_file import Entry, layout_hash, load_left_out, load_sidecar, read_layout
 from fdscale.data.parallel import parallel
 from fdscale.data.tar import IMAGE_EXTENSIONS, Layout, Problem
 
@@ -147,10 +147,7 @@ def shared_keys(index_dir: str, entries: list[Entry]) -> list[Problem]:
 
 
 def _keys_of(index_dir: str, entry: Entry) -> np.ndarray:
-    layout = load_sidecar(os.path.join(index_dir, entry.sidecar), total=entry.bytes)
-    if layout is None:
-        raise UserError(f"{entry.sidecar}: missing or damaged in {index_dir}; run fdscale shards index again")
-    return layout.keys
+    return read_layout(index_dir, entry).keys
 
 
 def _hashes(keys: np.ndarray) -> np.ndarray:

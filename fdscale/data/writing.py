@@ -54,10 +54,15 @@ def check_sizes(samples_per_shard: int | None, max_bytes: int | None) -> None:
         raise UserError(f"max_bytes is {max_bytes}, expected at least 1 (--shard-mib: above 0)")
 
 
-def bytes_in_tar(key: str, sizes: dict[str, int]) -> int:
-    """Bytes that a sample takes in a shard. sizes: extension -> bytes of the member."""
-    headers = {name: BLOCK if len(f"{key}.{name}".encode()) <= 100 else 3 * BLOCK for name in sizes}
-    return sum(headers[name] + padded(size) for name, size in sizes.items())
+def bytes_in_tar(name: bytes, size: int) -> int:
+    """Most bytes that a member takes in a shard, given its name and its size in bytes."""
+    plain = len(name) <= 100 and name.isascii()
+    return BLOCK + padded(size) + (0 if plain else BLOCK + padded(len(name) + 32))  # a pax header and its payload
+
+
+def sample_bytes(key: str, members: Members) -> int:
+    """Most bytes that a sample takes in a shard."""
+    return sum(bytes_in_tar(f"{key}.{name}".encode(), len(data)) for name, data in members.items())
 
 
 class Tar:
@@ -77,7 +82,7 @@ class Tar:
             self._tar.addfile(info, io.BytesIO(members[extension]))
         self._tar.members = []  # type: ignore[attr-defined]  # or it would remember every one
         self.samples += 1
-        self.bytes += bytes_in_tar(key, {name: len(data) for name, data in members.items()})
+        self.bytes += sample_bytes(key, members)
 
     def close(self) -> None:
         """Write the end mark and wait until all is on the disk."""
@@ -102,8 +107,7 @@ class Shards:
 
     def add(self, key: str, members: Members) -> None:
         """Append a sample."""
-        size = bytes_in_tar(key, {name: len(data) for name, data in members.items()})
-        if self._tar is not None and self._full(self._tar, size):
+        if self._tar is not None and self._full(self._tar, sample_bytes(key, members)):
             self.close()
         if self._tar is None:
             self._tar = Tar(os.path.join(self._folder, shard_name(self._count)))
