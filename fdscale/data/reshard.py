@@ -52,6 +52,8 @@ def reshard(
         check_seed(seed)
     out = os.path.abspath(out)
     source = _Source(tuple(os.path.abspath(part) for part in parts_of(shards)), index_dir, prefix_keys)
+    _open.cache_clear()  # an earlier call may have seen another state
+    _layouts.cache_clear()
     opened = _open(source)
     if out_index_dir is not None:
         prepare_folder(out_index_dir, "--index")
