@@ -1,74 +1,32 @@
 """The index of a set: which shards it has, how many samples each holds, and where their bytes lie.
 
-On disk, apart from the shards, in a folder of its own:
-
-    index.json    {"version", "fingerprint",
-                   "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar", "version"}, ...]}
-    NAME.npz      for each shard: the arrays of tar.Layout, and "stamp" (version, bytes, mtime_ns); no pickles
-
-Names are relative to the folder that holds all shards, in natural order ("2" before "10"), and "layout" is a hash of
-the arrays. The fingerprint, a hash over names, samples, bytes and layouts, identifies the data and so the order of a
-run. A shard that lies elsewhere has a "version" (sources.py) and no time of change.
+Opening it, and reading samples through it. Its files are described in index_file.py; indexing.py makes them.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 import os
-from collections.abc import Callable
-from contextlib import suppress
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from fdscale import UserError
-from fdscale.data.files import (
-    Shards,
-    common_folder,
-    expand,
-    index_folder,
-    means,
-    name_of,
-    natural,
-    parts_of,
-    patterns_of,
-    prepare_folder,
-    write_atomically,
-)
+from fdscale.data.files import Shards, common_folder, expand, index_folder, means, natural, parts_of, patterns_of
+from fdscale.data.index_file import Entry, fingerprint, load_entries, read_layout
 from fdscale.data.lost import Lost
-from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
-from fdscale.data.remote import scan_remote, stamp_of
 from fdscale.data.shard_cache import ShardCache
 from fdscale.data.sources import State, Stop, is_remote, shown, where
-from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS, Layout, Problem, header_size, scan
+from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS, header_size
 
-VERSION = 1
 OPEN_FILES = 256  # per process; the usual limit is 1024
 COLUMN_BYTES = 128 * 2**20  # per process; a shard of 10 000 samples takes about 0.4 MB
-MOST_NAMED = 20  # problems spelled out in one error
-
-Progress = Callable[[int, int], None]
-
-
-class Entry(NamedTuple):
-    """What index.json says of one shard."""
-
-    name: str
-    samples: int
-    bytes: int
-    mtime_ns: int
-    layout: str
-    sidecar: str
-    version: str = ""
 
 
 class Index:
     """An opened index, and reading through it. Made by `open_index`.
 
     names: of the shards used, relative to the folder `root`, in the order of the index. counts: samples in each.
+    entries: all that the index says of each.
     fingerprint: of these shards. remote: whether they lie elsewhere and are read through `cache`. Files are read with
     pread only, so a copy made by fork reads on safely, and a pickled copy opens its own.
     """
@@ -83,7 +41,7 @@ class Index:
         self.names = [entry.name for entry in entries]
         self.counts = np.array([entry.samples for entry in entries], np.int64)  # (shards,)
         self.fingerprint = fingerprint(entries)
-        self._entries = entries
+        self.entries = entries
         self._paths = [path for path, _ in chosen]
         self._files = Recent(limit=OPEN_FILES, drop=os.close)
         self._columns = Recent(limit=COLUMN_BYTES, weigh=_bytes_of)
@@ -92,6 +50,11 @@ class Index:
     def samples(self) -> int:
         """Samples in all shards."""
         return int(self.counts.sum())
+
+    @property
+    def left_out(self) -> tuple[int, int]:
+        """(samples left out, shards whose damaged rest is left out): none but where the index was told to."""
+        return sum(entry.left_out for entry in self.entries), sum(entry.damaged for entry in self.entries)
 
     def key(self, shard: int, row: int) -> str:
         """The key of a sample."""
@@ -148,14 +111,14 @@ class Index:
 
     def remote_bytes(self, shard: int) -> int:
         """The size of a shard, in bytes; 0 if it is on this machine."""
-        return self._entries[shard].bytes if is_remote(self._paths[shard]) else 0
+        return self.entries[shard].bytes if is_remote(self._paths[shard]) else 0
 
     def fetch(self, shard: int, stop: Stop) -> None:
         """Have a remote shard in the cache, and count it as just used. Raises what ShardCache.open does."""
         os.close(self.cache.open(self._paths[shard], self._state(shard), stop)[0])
 
     def _state(self, shard: int) -> State:
-        return State(self._entries[shard].bytes, self._entries[shard].version)
+        return State(self.entries[shard].bytes, self.entries[shard].version)
 
     def _open(self, shard: int) -> int:
         if is_remote(self._paths[shard]):
@@ -166,7 +129,7 @@ class Index:
             file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"{self.path(shard)}: in the index, but cannot be opened ({error.strerror})") from None
-        size, expected = os.fstat(file).st_size, self._entries[shard].bytes
+        size, expected = os.fstat(file).st_size, self.entries[shard].bytes
         if size > expected:
             os.close(file)
             raise self._changed(shard, f"it has {size} bytes, the index says {expected}")
@@ -181,7 +144,7 @@ class Index:
     def _load_column(self, key: tuple[int, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(keys (n,) bytes, offsets (n,) uint64, sizes (n,) uint64); offset 0 where a sample has no such member."""
         shard, extensions = key
-        layout = self._layout(shard)
+        layout = read_layout(self.index_dir, self.entries[shard])
         offsets, sizes = np.zeros((2, len(layout.keys)), np.uint64)
         owner = np.repeat(np.arange(len(layout.keys)), layout.starts[1:] - layout.starts[:-1])
         names = layout.extensions.tolist()
@@ -190,52 +153,6 @@ class Index:
                 mine = layout.kinds == names.index(extension.encode())
                 offsets[owner[mine]], sizes[owner[mine]] = layout.offsets[mine], layout.sizes[mine]
         return layout.keys, offsets, sizes
-
-    def _layout(self, shard: int) -> Layout:
-        entry = self._entries[shard]
-        path = os.path.join(self.index_dir, entry.sidecar)
-        layout = load_sidecar(path)
-        if layout is None or layout_hash(layout) != entry.layout:
-            raise UserError(f"{path}: missing or damaged; delete it and run fdscale shards index again")
-        return layout
-
-
-def index(
-    shards: Shards,
-    index_dir: str | None = None,
-    workers: int = 1,
-    progress: Progress | None = None,
-    cache: ShardCache | None = None,
-) -> Index:
-    """Index shards from their headers; those unchanged since an earlier call (size and mtime) are not read again.
-
-    shards: see `expand`. index_dir: where the index goes, by default the folder "index" beside the shards. An index
-    may be filled by several calls, as for train-*.tar and val-*.tar in one folder. progress: called with (shards
-    done, shards). cache: for shards that lie elsewhere; a run with the same cache finds there what still is.
-    Raises UserError listing what is wrong in which shard; the index then stays as it was, what was read is kept for
-    the next call.
-    """
-    paths = expand(shards)
-    root = common_folder(paths)
-    index_dir = index_folder(index_dir, root)
-    prepare_folder(index_dir, "--index")
-    entries: list[Entry] = []
-    problems: list[Problem] = []
-    jobs = [(path, name_of(path, root), index_dir, cache or ShardCache()) for path in paths]
-    for done, (entry, found) in enumerate(parallel(_index_shard, jobs, workers), 1):
-        problems += found
-        entries += [entry] if entry else []
-        if progress:
-            progress(done, len(jobs))
-    if problems:
-        raise UserError(_listed(problems, len(paths)))
-    if not any(entry.samples for entry in entries):
-        raise UserError(f"the {len(paths)} shards in {root} hold no samples at all; check which files were given")
-    everything = entries + _others(index_dir, root, {entry.name for entry in entries})
-    everything.sort(key=lambda entry: natural(entry.name))
-    content = {"version": VERSION, "fingerprint": fingerprint(everything), "shards": [e._asdict() for e in everything]}
-    write_atomically(os.path.join(index_dir, "index.json"), json.dumps(content, indent=1).encode())
-    return open_index(shards, index_dir, cache)
 
 
 def open_index(shards: Shards, index_dir: str | None = None, cache: ShardCache | None = None) -> Index:
@@ -260,7 +177,7 @@ def match(
     """
     paths = expand(shards)
     index_dir = index_folder(index_dir, common_folder(paths))
-    entries = {entry.name: entry for entry in _load_entries(os.path.join(index_dir, "index.json"))}
+    entries = {entry.name: entry for entry in load_entries(os.path.join(index_dir, "index.json"))}
     named = [(path, _name_in(entries, path)) for path in paths]
     unknown = [path for path, name in named if name is None]
     chosen = [(path, entries[name]) for path, name in named if name is not None]
@@ -276,129 +193,11 @@ def match(
     return index_dir, roots[0], chosen, unknown, gone
 
 
-def fingerprint(entries: list[Entry]) -> str:
-    """A hash (64 hex digits) of what decides which bytes sample number n is, given a seed."""
-    listed = sorted((entry.name, entry.samples, entry.bytes, entry.layout) for entry in entries)
-    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-
-def layout_hash(layout: Layout) -> str:
-    """A hash (64 hex digits) of the arrays of a layout."""
-    digest = hashlib.sha256()
-    for array in layout:
-        digest.update(f"{array.dtype.str}{array.shape}".encode() + array.tobytes())
-    return digest.hexdigest()
-
-
-def scan_file(path: str, name: str) -> tuple[tuple[Layout, os.stat_result] | None, list[Problem]]:
-    """((layout, stat) of a shard, what is wrong with it); None for the first if the file or the tar is damaged."""
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        return None, [Problem(name, "", f"cannot be opened ({error.strerror})")]
-    try:
-        stat = os.fstat(file)
-        layout, problems = scan(file, stat.st_size, name)
-        return (layout, stat), problems
-    except OSError as error:
-        return None, [Problem(name, "", f"cannot be read ({error.strerror})")]
-    except UserError as error:
-        return None, [Problem(name, "", str(error))]
-    finally:
-        os.close(file)
-
-
-def _index_shard(job: tuple[str, str, str, ShardCache]) -> tuple[Entry | None, list[Problem]]:
-    path, name, index_dir, cache = job
-    sidecar = os.path.join(index_dir, name + ".npz")
-    if is_remote(path):
-        state, layout, problems = scan_remote(path, name, cache, lambda stamp: load_sidecar(sidecar, (VERSION, *stamp)))
-        if layout is None or problems:
-            return None, problems
-        _save_sidecar(sidecar, layout, (VERSION, *stamp_of(state)))
-        return Entry(name, len(layout.keys), state.size or 0, 0, layout_hash(layout), name + ".npz", state.version), []
-    try:
-        stat = os.stat(path)
-        layout = load_sidecar(sidecar, (VERSION, stat.st_size, stat.st_mtime_ns))
-    except OSError:
-        layout = None  # scan_file says what is wrong
-    if layout is None:
-        scanned, problems = scan_file(path, name)
-        if scanned is None or problems:
-            return None, problems
-        layout, stat = scanned
-        _save_sidecar(sidecar, layout, (VERSION, stat.st_size, stat.st_mtime_ns))
-    return Entry(name, len(layout.keys), stat.st_size, stat.st_mtime_ns, layout_hash(layout), name + ".npz"), []
-
-
-def _save_sidecar(path: str, layout: Layout, stamp: tuple[int, int, int]) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, stamp=np.array(stamp, np.int64), **layout._asdict())
-    write_atomically(path, buffer.getvalue())
-
-
-def load_sidecar(path: str, stamp: tuple[int, int, int] | None = None) -> Layout | None:
-    """The layout in a sidecar; None if there is none, it is damaged, or the shard was in another state than `stamp`."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if stamp is not None and tuple(arrays["stamp"].tolist()) != stamp:
-                return None
-            return Layout(**{field: arrays[field] for field in Layout._fields})
-    except Exception:  # numpy, zipfile and zlib each raise their own on damage
-        return None
-
-
-def _load_entries(path: str) -> list[Entry]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            content: Any = json.load(file)
-        if content["version"] != VERSION:
-            raise UserError(f"{path}: has version {content['version']}, this fdscale reads {VERSION}; index anew")
-        entries = [Entry(**shard) for shard in content["shards"]]
-        if content["fingerprint"] != fingerprint(entries):
-            raise UserError(f"{path}: was changed (its fingerprint does not fit); run fdscale shards index again")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no index there; run fdscale shards index, or name its place (--index DIR)") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: cannot be read as an index ({error}); run fdscale shards index again") from None
-    for entry in entries:
-        if any(os.path.isabs(name) or ".." in name.split("/") for name in (entry.name, entry.sidecar)):
-            raise UserError(f"{path}: names a file outside its folder ({entry.name}); do not use this index")
-    return entries
-
-
-def _others(index_dir: str, root: str, names: set[str]) -> list[Entry]:
-    """What an earlier index lists besides these names, as far as it is still there unchanged; elsewhere, all of it."""
-    try:
-        listed = _load_entries(os.path.join(index_dir, "index.json"))
-    except UserError:  # none yet, or one to be replaced
-        return []
-    if is_remote(root):  # to ask after each would take long, and a shard that has changed is noticed when it is read
-        return [entry for entry in listed if entry.name not in names and entry.version]
-    kept = []
-    for entry in listed:
-        with suppress(OSError):
-            stat = os.stat(os.path.join(root, entry.name))
-            if entry.name not in names and (stat.st_size, stat.st_mtime_ns) == (entry.bytes, entry.mtime_ns):
-                kept.append(entry)
-    return kept
-
-
 def _name_in(entries: dict[str, Entry], path: str) -> str | None:
     """The name of a path in the index: its longest tail that the index lists."""
     parts = where(path).split(os.sep)
     tails = ("/".join(parts[i:]) for i in range(1, len(parts)))
     return next((tail for tail in tails if tail in entries), None)
-
-
-def _listed(problems: list[Problem], shards: int) -> str:
-    bad = len({problem.shard for problem in problems})
-    lines = [str(problem) for problem in problems[:MOST_NAMED]]
-    if len(problems) > MOST_NAMED:
-        lines.append(f"and {len(problems) - MOST_NAMED} more")
-    return f"{bad} of {shards} shards cannot be used; repair them or leave them out:\n  " + "\n  ".join(lines)
 
 
 def _fits(data: bytes, size: int, body: bool = True) -> bool:

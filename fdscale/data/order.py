@@ -10,8 +10,8 @@ follow one another without a gap: a batch may hold the last samples of one and t
 
 Randomness is the raw output of Philox, keyed by (seed, epoch), sorted: numpy keeps raw streams the same from version
 to version, which it does not promise of its `permutation`. The second word of the counter keeps the uses apart: 0
-views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py), 4 replacements of lost
-samples (stream.py), 5 mixtures (mixture.py).
+views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py, reshard.py), 4
+replacements of lost samples (stream.py), 5 mixtures (mixture.py), 6 a sample for statistics (stats.py).
 
 Letters: N samples in the set, C lanes, M samples in a block, n sample number, k numbers asked for.
 """

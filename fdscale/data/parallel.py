@@ -7,26 +7,42 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from fdscale import UserError
+
+Progress = Callable[[int, int], None]  # called with (done, of how many)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_AHEAD = 4  # jobs per worker that are handed out or done but not yet taken: what bounds the memory
 
 
-def parallel(function: Callable[[Any], Any], jobs: list[Any], workers: int) -> Iterator[Any]:
+def parallel(function: Callable[[Any], Any], jobs: Iterable[Any], workers: int) -> Iterator[Any]:
     """`function(job)` of each job, in order, from `workers` processes (0 or 1: in this one).
 
-    An error, or Ctrl-C, lets running jobs end and starts no more.
+    Jobs are taken only a few ahead of the results, so both may be endless. An error, or Ctrl-C, lets running jobs end
+    and starts no more. Raises UserError if a worker is killed.
     """
-    if min(workers, len(jobs)) <= 1:
+    few = len(jobs) if isinstance(jobs, list) else workers
+    if min(workers, few) <= 1:
         yield from map(function, jobs)
         return
-    with ProcessPoolExecutor(min(workers, len(jobs)), initializer=_begin) as pool:
+    with ProcessPoolExecutor(min(workers, few), initializer=_begin) as pool:
+        waiting: deque[Future] = deque()
         try:
-            yield from pool.map(function, jobs)
-        except BaseException:
+            for job in jobs:
+                waiting.append(pool.submit(function, job))
+                if len(waiting) >= _AHEAD * workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BaseException as error:
             pool.shutdown(wait=True, cancel_futures=True)
+            if isinstance(error, BrokenProcessPool):
+                raise UserError("a worker process was killed, mostly for lack of memory; use fewer --workers") from None
             raise
 
 

@@ -10,7 +10,9 @@ Formats: POSIX.1-1988 ustar and older, GNU long names, pax headers (POSIX.1-2001
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,9 @@ from fdscale import UserError
 BLOCK = 512
 WINDOW = 4096  # bytes read at a time: a header, and the small members and headers that often follow
 MOST_HEADER = 2**20  # bytes of a long name or pax header: real ones take a few hundred
+MOST_NAME = 4096  # characters, as in a path
+MOST_MEMBERS = 4_000_000  # of a shard: its tables then take about 1 GB
+MOST_KEY_BYTES = 2**30  # all keys of a shard, each as long as the longest
 CHUNK = 2**20
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 
@@ -40,14 +45,19 @@ class Layout(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """What is wrong with a shard, or with one sample of it (`key` is empty if it is not about one sample)."""
+    """What is wrong with a shard, or with one sample of it (`key` is empty if it is not about one sample).
+
+    left_out: the index was made without it (see `index`).
+    """
 
     shard: str
     key: str
     reason: str
+    left_out: bool = False
 
     def __str__(self) -> str:
-        return f"{self.shard}: " + (f"sample '{self.key}': " if self.key else "") + self.reason
+        about = f"{self.shard}: " + (f"sample '{self.key}': " if self.key else "") + self.reason
+        return about + (" (left out of the index)" if self.left_out else "")
 
 
 def header_size(header: bytes) -> int:
@@ -83,23 +93,31 @@ def members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
             window, start = os.pread(file, WINDOW, at), at
         header = window[at - start : at - start + BLOCK]
         if header == _END:
-            _check_end(file, at, bool(pending))
+            check_end(file, at, bool(pending))
             return
-        kind, name, size = _parse(header, at, total)
+        kind, name, size = parse_header(header, at, total)
         data = at + BLOCK
         if kind in b"LKxXg":
             if size > MOST_HEADER:
                 raise UserError(f"the header at byte {at} announces {size} bytes of names: damaged")
             payload = _read(file, data, size, total, at)
-            if kind == b"L":
-                pending["path"] = _text(payload.split(b"\0", 1)[0])
-            elif kind != b"K":
-                (attributes if kind == b"g" else pending).update(_pax(payload, at))
-            at = data + _padded(size)
+            new = (
+                {}
+                if kind == b"K"
+                else _pax(payload, at)
+                if kind in b"xXg"
+                else {"path": _text(payload.split(b"\0")[0])}
+            )
+            if kind != b"g" and "path" in new and "path" in pending:  # of which readers take the first, or the last
+                raise UserError(f"two long names for one member at byte {at}: damaged")
+            (attributes if kind == b"g" else pending).update(new)
+            at = data + padded(size)
             continue
         about = {**attributes, **pending} if attributes or pending else {}
         pending = {}
         name, size = about.get("path", name), _pax_size(about, size, at)
+        if len(name) > MOST_NAME:
+            raise UserError(f"the name at byte {at} has {len(name)} characters: damaged")
         if kind == b"S" or any(key.startswith("GNU.sparse") for key in about):
             raise UserError(f"'{name}' at byte {at} is a sparse file; pack it without --sparse")
         if kind in _NO_DATA or (kind == b"\0" and name.endswith("/")):
@@ -108,11 +126,11 @@ def members(file: int, total: int) -> Iterator[tuple[str, int, int]]:
             raise UserError(f"truncated: '{name}' should reach byte {data + size}, but the file ends at byte {total}")
         if kind in _REGULAR and not name.endswith("/"):
             yield name, data, size
-        at = data + _padded(size)
+        at = data + padded(size)
 
 
-def _parse(header: bytes, at: int, total: int) -> tuple[bytes, str, int]:
-    """(type, name, size) of a header."""
+def parse_header(header: bytes, at: int, total: int) -> tuple[bytes, str, int]:
+    """(type, name, size) of the header at byte `at` of a file of `total` bytes. Raises UserError if it is damaged."""
     if len(header) < BLOCK:
         where = "inside the header" if header else "without the mark that ends an archive,"
         raise UserError(f"truncated: the file ends {where} at byte {min(at, total)}")
@@ -154,7 +172,7 @@ def _pax_size(about: dict[str, str], size: int, at: int) -> int:
     return size
 
 
-def _check_end(file: int, at: int, pending: bool) -> None:
+def check_end(file: int, at: int, pending: bool) -> None:
     """After the end mark there may be padding only: a header overwritten by zeros looks like an end mark as well."""
     if pending:
         raise UserError(f"truncated: the archive ends at byte {at}, right after the long name of a member")
@@ -175,7 +193,8 @@ def _read(file: int, offset: int, size: int, total: int, at: int) -> bytes:
     return data
 
 
-def _padded(size: int) -> int:
+def padded(size: int) -> int:
+    """A size rounded up to whole blocks, bytes."""
     return -(-size // BLOCK) * BLOCK
 
 
@@ -201,27 +220,68 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def scan(file: int, total: int, shard: str) -> tuple[Layout, list[Problem]]:
-    """The layout of a shard, from its headers alone, and what is wrong with single samples of it.
+    """The layout of the whole samples of a shard, from its headers alone, and what is wrong with the rest.
 
-    WebDataset's rule: consecutive members of one key are a sample. Each needs an image, and whatever members the first
-    sample of the shard has besides. Raises UserError if the tar itself is damaged.
+    See `arrange`. Damage of the tar itself is a problem without key; the samples before it are kept. Raises UserError
+    for a shard out of all proportion.
+    """
+    return arrange(members(file, total), shard)
+
+
+def arrange(found: Iterable[tuple[str, int, int]], shard: str) -> tuple[Layout, list[Problem]]:
+    """The layout of the whole samples among members (name, offset, size), and what is wrong with the others.
+
+    WebDataset's rule: consecutive members of one key are a sample. Each needs an image, and whatever other members at
+    least half of the samples have. If `found` ends with a UserError, its message is the last problem, without key; the
+    sample right before is kept only if it has every kind of member seen so far, since its next may be lost.
     """
     keys: list[str] = []
     starts: list[int] = []
     extensions: dict[str, int] = {}
     rows: list[tuple[int, int, int]] = []  # kind, offset, size
-    for name, offset, size in members(file, total):
-        parts = split_name(name)
-        if parts is None:
-            continue
-        if not keys or keys[-1] != parts[0]:
-            keys.append(parts[0])
-            starts.append(len(rows))
-        rows.append((extensions.setdefault(parts[1], len(extensions)), offset, size))
+    damage = None
+    try:
+        for name, offset, size in found:
+            parts = split_name(name)
+            if parts is None:
+                continue
+            if len(rows) == MOST_MEMBERS:
+                raise UserError(f"holds more than {MOST_MEMBERS} members; cut it into smaller shards")
+            if not keys or keys[-1] != parts[0]:
+                keys.append(parts[0])
+                starts.append(len(rows))
+            rows.append((extensions.setdefault(parts[1], len(extensions)), offset, size))
+    except UserError as error:
+        damage = str(error)
     starts.append(len(rows))
-    table = np.array(rows, np.uint64).reshape(-1, 3)
     names = list(extensions)
-    layout = Layout(
+    problems = _check_samples(shard, keys, starts, names, rows)
+    if damage is not None:
+        last = len(keys) - 1
+        kinds = {kind for kind, _, _ in rows[starts[last] :]} if keys else set()
+        if keys and (last == 0 or len(kinds) < len(names)) and not any(i == last for i, _ in problems):
+            problems.append(
+                (last, Problem(shard, keys[last], "the damage follows it: what else belongs to it is lost"))
+            )
+    layout = _layout(keys, starts, names, rows, {i for i, _ in problems})
+    left = [problem for _, problem in problems]
+    return layout, left if damage is None else [*left, Problem(shard, "", damage)]
+
+
+def _layout(
+    keys: list[str], starts: list[int], names: list[str], rows: list[tuple[int, int, int]], without: set[int]
+) -> Layout:
+    """The arrays of all samples but those numbered in `without`."""
+    if without:
+        kept = [i for i in range(len(keys)) if i not in without]
+        held = [rows[starts[i] : starts[i + 1]] for i in kept]
+        used = sorted({kind for some in held for kind, _, _ in some})
+        new = {kind: i for i, kind in enumerate(used)}
+        keys, names = [keys[i] for i in kept], [names[kind] for kind in used]
+        starts = [0, *accumulate(map(len, held))]
+        rows = [(new[kind], offset, size) for some in held for kind, offset, size in some]
+    table = np.array(rows, np.uint64).reshape(-1, 3)
+    return Layout(
         keys=_packed(keys),
         starts=np.array(starts, np.uint32),
         extensions=_packed(names),
@@ -229,37 +289,56 @@ def scan(file: int, total: int, shard: str) -> tuple[Layout, list[Problem]]:
         offsets=np.ascontiguousarray(table[:, 1]),
         sizes=np.ascontiguousarray(table[:, 2]),
     )
-    return layout, _check_samples(shard, keys, starts, names, rows)
 
 
 def _packed(texts: list[str]) -> np.ndarray:
-    return np.array([text.encode() for text in texts] or np.empty(0, "S1"))
+    encoded = [text.encode() for text in texts]
+    if len(encoded) * max(map(len, encoded), default=0) > MOST_KEY_BYTES:
+        raise UserError(f"has {len(encoded)} names of up to {max(map(len, encoded))} bytes; cut it into smaller shards")
+    return np.array(encoded or np.empty(0, "S1"))
 
 
 def _check_samples(
     shard: str, keys: list[str], starts: list[int], names: list[str], rows: list[tuple[int, int, int]]
-) -> list[Problem]:
-    problems, seen = [], set()
+) -> list[tuple[int, Problem]]:
+    """What is wrong with which sample: (its number, problem), one for each."""
+    problems: list[tuple[int, Problem]] = []
+    kinds = [kind for kind, _, _ in rows]
+    held = [tuple(kinds[first:end]) for first, end in pairwise(starts)]  # few different ones, so each is judged once
+    counts = Counter(held)
     images = {kind for kind, name in enumerate(names) if name in IMAGE_EXTENSIONS}
-    wanted = {kind for kind, _, _ in rows[: starts[1]]} - images if keys else set()
+    having: Counter[int] = Counter()
+    for some, count in counts.items():
+        for kind in set(some):
+            having[kind] += count
+    usual = {kind for kind, count in having.items() if 2 * count >= len(keys)} - images
+    verdicts = {some: _wrong_with(some, images, usual, names) for some in counts}
+    empty = {at for at, (kind, _, size) in enumerate(rows) if size == 0 and kind in images}
+    seen: set[str] = set()
     for i, key in enumerate(keys):
-        held = rows[starts[i] : starts[i + 1]]
-        kinds = [kind for kind, _, _ in held]
-        have, held_names = set(kinds), [names[kind] for kind in kinds]
+        wrong = verdicts[held[i]]
         if key in seen:
-            problems.append(Problem(shard, key, "the key occurs twice in the shard, with other samples between"))
+            wrong = ["the key occurs twice in the shard, with other samples between", *wrong]
         seen.add(key)
-        if len(have) < len(kinds):
-            twice = next(name for i, name in enumerate(held_names) if name in held_names[:i])
-            problems.append(Problem(shard, key, f"has two members .{twice}"))
-        if not have & images:
-            listed, known = (", ".join(f".{name}" for name in some) for some in (held_names[:5], IMAGE_EXTENSIONS))
-            hint = "; a key ends at the first dot of a name" if any("." in name for name in held_names) else ""
-            problems.append(Problem(shard, key, f"has no image (found {listed}; known: {known}){hint}"))
-        if not wanted <= have:
-            lost = ", ".join("." + names[kind] for kind in sorted(wanted - have))
-            problems.append(Problem(shard, key, f"lacks {lost}, which the first sample of the shard has"))
-        empty = [names[kind] for kind, _, size in held if size == 0 and kind in images]
-        if empty:
-            problems.append(Problem(shard, key, f"its .{empty[0]} is empty"))
+        if empty and (at := next((at for at in range(starts[i], starts[i + 1]) if at in empty), None)) is not None:
+            wrong = [*wrong, f"its .{names[kinds[at]]} is empty"]
+        if wrong:
+            problems.append((i, Problem(shard, key, "; ".join(wrong))))
     return problems
+
+
+def _wrong_with(held: tuple[int, ...], images: set[int], usual: set[int], names: list[str]) -> list[str]:
+    """What is wrong with a sample that has these kinds of members."""
+    wrong, have = [], set(held)
+    if len(have) < len(held):
+        twice, _ = Counter(held).most_common(1)[0]
+        wrong.append(f"has two members .{names[twice]}")
+    if not have & images:
+        held_names = [names[kind] for kind in held[:5]]
+        listed, known = (", ".join(f".{name}" for name in some) for some in (held_names, IMAGE_EXTENSIONS))
+        hint = "; a key ends at the first dot of a name" if any("." in name for name in held_names) else ""
+        wrong.append(f"has no image (found {listed}; known: {known}){hint}")
+    if not usual <= have:
+        lost = ", ".join("." + names[kind] for kind in sorted(usual - have))
+        wrong.append(f"lacks {lost}, which most samples of the shard have")
+    return wrong

@@ -12,7 +12,8 @@ import pytest
 
 from fdscale import UserError
 from fdscale.data.augment import train_view
-from fdscale.data.index import index, open_index
+from fdscale.data.index import open_index
+from fdscale.data.indexing import index
 from fdscale.data.order import Order
 from fdscale.data.stream import Samples
 from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS

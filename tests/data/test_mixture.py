@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fdscale import UserError
 from fdscale.data.augment import train_view
-from fdscale.data.index import index
+from fdscale.data.indexing import index
 from fdscale.data.mixture import PERIOD, Joined, Mixture, quotas
 from fdscale.data.stream import Samples, batches
 

@@ -19,7 +19,9 @@ from PIL import Image
 
 from fdscale import UserError
 from fdscale.data import shards as shards_module
-from fdscale.data.shards import make, verify
+from fdscale.data.indexing import index
+from fdscale.data.shards import make
+from fdscale.data.verify import verify
 
 
 def read(folder):
@@ -43,7 +45,8 @@ def table(path, rows):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_class_folders(image_folder, tmp_path, workers):
+def test_class_folders(image_folder, tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(shards_module, "CHUNK_ROWS", 10)
     seen = []
     made = make(
         image_folder, tmp_path / "out", samples_per_shard=10, workers=workers, progress=lambda *p: seen.append(p)
@@ -148,13 +151,13 @@ def test_sources_that_cannot_be_packed(image_folder, tmp_path, photos):
         "line 3: .*gone.jpg: No such file": [["path"], ["a.jpg"], ["gone.jpg"]],
         'line 2: .*a.txt: unknown extension "txt" .known: jpg': [["path"], ["a.txt"]],
         "line 2: .*zero.jpg: is empty": [["path"], ["zero.jpg"]],
-        'lines 2 and 3 have the same key "k"': [["path", "key"], ["a.jpg", "k"], ["a.jpg", "k"]],
+        'line 3: has the same key "k" as .*t.csv, line 2': [["path", "key"], ["a.jpg", "k"], ["a.jpg", "k"]],
         'unusable key "k.1"': [["path", "key"], ["a.jpg", "k.1"]],
         'unusable key "../k"': [["path", "key"], ["a.jpg", "../k"]],
         'unusable key ""': [["path", "key"], ["a.jpg", ""]],
         'unusable key "__x__/k"': [["path", "key"], ["a.jpg", "__x__/k"]],
         'line 2: cls is "cat"': [["path", "cls"], ["a.jpg", "cat"]],
-        "names the columns": [["file", "cls"], ["a.jpg", "1"]],
+        "has the columns": [["file", "cls"], ["a.jpg", "1"]],
         'at most one of "label" and "cls"': [["path", "cls", "label"], ["a.jpg", "1", "x"]],
         "line 2: expected 2 columns": [["path", "cls"], ["a.jpg"]],
         "lists no images": [["path"]],
@@ -212,6 +215,7 @@ def test_a_failed_make_leaves_nothing(image_folder, tmp_path, monkeypatch, worke
     source = table(tmp_path / "t.csv", rows)
     before = sorted(tmp_path.iterdir())
     if workers == 1:  # with more, the shard of the victim may be written before the first is reported
+        monkeypatch.setattr(shards_module, "CHUNK_ROWS", 4)
         with pytest.raises(UserError, match=re.escape(f"{victim}: cannot be read (No such file")):
             make(source, tmp_path / "out", samples_per_shard=4, seed=None, progress=vanish)
     assert sorted(tmp_path.iterdir()) == before
@@ -226,7 +230,7 @@ def test_a_failed_make_leaves_nothing(image_folder, tmp_path, monkeypatch, worke
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"out: cannot be written .No space left on device.; nothing was kept"):
         make(image_folder, tmp_path / "out", samples_per_shard=4, workers=workers)
     assert sorted(tmp_path.iterdir()) == before
@@ -266,7 +270,7 @@ def test_verify_names_images_that_cannot_be_decoded(tmp_path, photos, pack):
         tmp_path / "a.tar",
         {"a.jpg": photos[0], "b.jpg": photos[1][:-400], "c.jpg": b"<html>", "d.png": png.getvalue()},
     )
-    shards_module.index(tmp_path)
+    index(tmp_path)
     assert verify(tmp_path) == []
     problems = verify(tmp_path, decode=True)
     assert [(problem.shard, problem.key) for problem in problems] == [("a.tar", "b"), ("a.tar", "c")]

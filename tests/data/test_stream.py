@@ -20,7 +20,8 @@ from PIL import Image
 
 from fdscale import UserError
 from fdscale.data.augment import decode, eval_view, train_view
-from fdscale.data.index import index, open_index
+from fdscale.data.index import open_index
+from fdscale.data.indexing import index
 from fdscale.data.order import Order
 from fdscale.data.shards import make
 from fdscale.data.stream import Samples, _Slots, batches, chosen_batches, evaluation_batches
