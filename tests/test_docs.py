@@ -52,7 +52,7 @@ def test_commands_parse(page: Path) -> None:
         words = [
             word for word in shlex.split(command) if word not in ("...", "[--set", "[--ds", "[--steps", "[--resume")
         ]
-        if "RECIPE" in words or "[" in command:
+        if "RECIPE" in words or "[" in command or words == ["cache"]:
             continue  # a synopsis
         if words[0] == "distill" and "--run" not in words:
             words += ["--run", "x"]
