@@ -203,10 +203,11 @@ class ShardCache:
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
-    def make_room(self, size: int, mine: str = "") -> bool:
+    def make_room(self, size: int, stem: str, mine: str = "") -> bool:
         """Remove what was not used for longest until `size` more bytes fit; whether they do. Under the lock `room`.
 
-        mine: a part that does not count. Leftovers go first.
+        stem: of the shard whose lock the caller holds, so that any part of it but `mine` is a leftover. Leftovers go
+        first; `mine` does not count.
         """
         shards, taken = [], 0
         for entry in list(os.scandir(self.path)):
@@ -216,9 +217,11 @@ class ShardCache:
                     shards.append((found.st_mtime_ns, found.st_size, entry.path))
                     taken += found.st_size
                 elif part := _PART.fullmatch(entry.name):
-                    if self._is_leftover(part["stem"]):
+                    if entry.path == mine:
+                        continue
+                    if part["stem"] == stem or self._is_leftover(part["stem"]):
                         os.unlink(entry.path)
-                    elif entry.path != mine:
+                    else:
                         taken += max(found.st_size, int(part["reserved"]))
                 elif entry.name.endswith(".again") and time.time() - found.st_mtime > AGAIN_S:
                     os.unlink(entry.path)
@@ -282,7 +285,7 @@ class _Part:
         self._check(self._reserved)
         while True:
             with cache.room(stop):
-                if cache.make_room(self._reserved):
+                if cache.make_room(self._reserved, self._stem):
                     self.path = self._named()
                     try:
                         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -300,7 +303,7 @@ class _Part:
         try:
             with self._cache.room(self._stop):
                 # Others may hold what is missing, and wait for us as we for them: so rather too much for a while.
-                self._cache.make_room(self._reserved, mine=self.path)
+                self._cache.make_room(self._reserved, self._stem, self.path)
                 os.rename(self.path, named := self._named())
                 self.path = named
         except OSError as error:
