@@ -54,7 +54,7 @@ def reshard(
     if seed is not None:
         check_seed(seed)
     out = os.path.abspath(out)
-        parts = tuple(part if is_remote(part) else os.path.abspath(part) for part in parts_of(shards))
+    parts = tuple(part if is_remote(part) else os.path.abspath(part) for part in parts_of(shards))
     source = _Source(parts, index_dir, prefix_keys)
     _open.cache_clear()  # an earlier call may have seen another state
     _layouts.cache_clear()
