@@ -32,6 +32,8 @@ def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str])
         ["shards", "make"],
         ["shards", "index"],
         ["shards", "verify"],
+        ["shards", "stats"],
+        ["shards", "reshard"],
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*words, "--help"])
