@@ -137,7 +137,7 @@ def _verify_shard(job: tuple[str, Entry, str, bool]) -> list[Problem]:
 
 def _check_members(file: io.BufferedReader, layout: Layout, shard: str, decode: bool) -> Iterator[Problem]:
     if decode:
-        from fdscale.data.augment import decode as decode_image  # imports torch, which the rest does not need
+        from fdscale.data.decode import decode as decode_image  # imports torch, which the rest does not need
     names = [name.decode() for name in layout.extensions.tolist()]
     starts, offsets, sizes = layout.starts.tolist(), layout.offsets.tolist(), layout.sizes.tolist()
     for i, raw_key in enumerate(layout.keys.tolist()):
