@@ -163,8 +163,8 @@ def evaluation_batches(
 ) -> Batches:
     """Every sample of a set once, over all ranks, in the same number of micro-batches on each.
 
-    view: of the bytes of an image file, for instance `partial(eval_view, size=224)`. Numbers count the samples in the order of
-    the index. limit: only the first so many samples (None: all).
+    view: of the bytes of an image file, for instance `partial(eval_view, size=224)`. Numbers count the samples in the
+    order of the index. limit: only the first so many samples (None: all).
     Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
     micro-batches, or that stands for a lost one.
     """

@@ -1,4 +1,4 @@
-"""The compiled part of JPEG decoding: the pixels of Pillow's full decode, or nothing; and how it comes to be compiled."""
+"""The compiled part of JPEG decoding: the pixels of Pillow's full decode, or nothing; and how it gets compiled."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_every_part_is_pillows_in_rarer_samplings(picture, subsampling):
 @pytest.mark.parametrize("optimize", [False, True])
 @pytest.mark.parametrize("quality", [1, 30, 75, 97, 100])
 def test_codes_of_every_length_are_read_right(picture, quality, optimize):
-    """Noise has the longest codes and fills blocks to the last coefficient; lone dots have the longest runs of zeros."""
+    """Noise has the longest codes and fills blocks to the last coefficient; lone dots have long runs of zeros."""
     rng = np.random.default_rng(quality)
     noise = rng.integers(0, 256, (120, 130, 3), np.uint8)
     extremes = 255 * rng.integers(0, 2, (120, 130, 3), np.uint8)
