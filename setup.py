@@ -15,7 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["fdscale", "fdscale.*"]),
-    package_data={"fdscale": ["recipes/*.yaml", "py.typed"]},
+    package_data={"fdscale": ["recipes/*.yaml", "data/*.c", "py.typed"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",

@@ -18,12 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fdscale import UserError
-from fdscale.data.augment import decode
 from fdscale.data.index import Index
 from fdscale.data.lost import Lost, Replaced
 from fdscale.data.mixture import Joined, Mixture
@@ -49,10 +47,10 @@ class Sample(NamedTuple):
 class Samples(Dataset):
     """The samples of a set by number: `samples[n]` is a Sample.
 
-    index: where the bytes lie. order: which sample a number means. view: called as view(image, number=n) with an RGB
-    PIL image, for instance `partial(train_view, seed=0, size=224)`. A sample that is Lost is replaced, at random by
-    (seed of the order, number). Raises UserError naming shard and key where no replacement can be had either, or where
-    data are not lost but out of reach.
+    index: where the bytes lie. order: which sample a number means. view: called as view(data, number=n) with the bytes
+    of an image file, for instance `partial(train_view, seed=0, size=224)`. A sample that is Lost is replaced, at random
+    by (seed of the order, number). Raises UserError naming shard and key where no replacement can be had either, or
+    where data are not lost but out of reach.
     """
 
     def __init__(self, index: Index | Joined, order: Order | Mixture | Sequential, view: Callable[..., Tensor]) -> None:
@@ -84,7 +82,7 @@ class Samples(Dataset):
         )
 
     def _view(self, number: int, shard: int, row: int) -> Sample:
-        image = self.view(decode(self.index.read(shard, row)), number=self._seen(number))
+        image = self.view(self.index.read(shard, row), number=self._seen(number))
         return Sample(image, number, self.index.names[shard], self.index.key(shard, row))
 
     def _seen(self, number: int) -> int:
@@ -153,7 +151,7 @@ def chosen_batches(
 
 def evaluation_batches(
     index: Index,
-    view: Callable[[Image.Image], Tensor],
+    view: Callable[[bytes], Tensor],
     *,
     micro_batch: int,
     rank: int,
@@ -165,8 +163,8 @@ def evaluation_batches(
 ) -> Batches:
     """Every sample of a set once, over all ranks, in the same number of micro-batches on each.
 
-    view: of an RGB PIL image, for instance `partial(eval_view, size=224)`. Numbers count the samples in the order of
-    the index. limit: only the first so many samples (None: all).
+    view: of the bytes of an image file, for instance `partial(eval_view, size=224)`. Numbers count the samples in the
+    order of the index. limit: only the first so many samples (None: all).
     Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
     micro-batches, or that stands for a lost one.
     """
@@ -307,5 +305,5 @@ def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
             process.join()
 
 
-def _without_number(image: Image.Image, number: int, view: Callable[[Image.Image], Tensor]) -> Tensor:
-    return view(image)
+def _without_number(data: bytes, number: int, view: Callable[[bytes], Tensor]) -> Tensor:
+    return view(data)

@@ -105,7 +105,7 @@ def _verify_file(path: str, job: _Job) -> list[Problem]:
 
 def _check_members(file: io.BufferedReader, layout: Layout, shard: str, decode: bool) -> Iterator[Problem]:
     if decode:
-        from fdscale.data.augment import decode as decode_image  # imports torch, which the rest does not need
+        from fdscale.data.decode import decode as decode_image  # imports torch, which the rest does not need
     names = [name.decode() for name in layout.extensions.tolist()]
     starts, offsets, sizes = layout.starts.tolist(), layout.offsets.tolist(), layout.sizes.tolist()
     for i, raw_key in enumerate(layout.keys.tolist()):
