@@ -104,7 +104,7 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         places = [ctypes.cast(getattr(pillow, name), ctypes.c_void_p).value for name in FUNCTIONS]
     except AttributeError as error:
         raise UserError(f"Pillow does not decode with a shared libjpeg-turbo ({error})") from None
-    code.library = (ctypes.c_void_p * len(FUNCTIONS))(*places)
+    code.library = (ctypes.c_void_p * len(FUNCTIONS))(*places)  # type: ignore[attr-defined]
     table, text, number = ctypes.c_void_p * len(FUNCTIONS), ctypes.c_char_p, ctypes.c_uint
     code.fdscale_jpeg_head.argtypes = [table, text, ctypes.c_size_t, ctypes.c_int * 4]
     code.fdscale_jpeg_part.argtypes = [table, text, ctypes.c_size_t, *[number] * 5, ctypes.c_void_p]
