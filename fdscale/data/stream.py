@@ -11,6 +11,7 @@ Letters: B samples in a global batch, W ranks, m samples in a micro-batch, S sid
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 from collections.abc import Callable, Generator, Iterator
 from functools import partial
@@ -30,6 +31,7 @@ from fdscale.data.mixture import Joined, Mixture
 from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
 from fdscale.data.prefetch import Prefetch, plan_of_lanes, plan_of_stretch
+from fdscale.data.sources import end_when_told
 
 Batches = Generator[dict[str, Any], None, None]
 TRIES = 8  # others drawn for a lost sample, first from its shard, which is at hand, then as many from the whole set
@@ -200,6 +202,7 @@ class _Guarded(Dataset):
 def _deliver(
     samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool, ahead: Prefetch | None
 ) -> Batches:
+    told = list(os.pipe()) if ahead is not None and workers else []  # ends what the workers fetch
     loader = DataLoader(
         _Guarded(samples),
         batch_sampler=plan,
@@ -207,11 +210,11 @@ def _deliver(
         prefetch_factor=prefetch if workers else None,
         collate_fn=_collate,
         pin_memory=pin_memory,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=partial(_begin_worker, told=told),
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
     )
     iterator = iter(loader)
-    stop = partial(_stop_workers, iterator, ahead)
+    stop = partial(_stop_workers, iterator, ahead, told)
     atexit.register(stop)  # workers ignore SIGTERM, so multiprocessing would wait for them for ever at exit
     try:
         if ahead is not None:
@@ -257,20 +260,24 @@ def _collate(samples: list[Sample] | UserError) -> dict[str, Any] | UserError:
     }
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(worker: int, told: list[int]) -> None:
     # A scheduler signals every process of a job; the main process decides what to do, and needs its data until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     torch.set_num_threads(1)
+    if told:
+        end_when_told(told[0])
 
 
 def _processes(iterator: Any) -> list[Any]:
     return getattr(iterator, "_workers", [])
 
 
-def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
+def _stop_workers(iterator: Any, ahead: Prefetch | None, told: list[int]) -> None:
     """End the workers now; the loader itself would only do so when its last reference is gone."""
+    if told:
+        os.write(told[1], bytes(len(_processes(iterator))))
     if ahead is not None:
         ahead.close()
     shutdown = getattr(iterator, "_shutdown_workers", None)
@@ -280,6 +287,8 @@ def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
         if process.is_alive():  # busy for longer than the loader waits
             process.kill()
             process.join()
+    while told:
+        os.close(told.pop())
 
 
 def _without_number(image: Image.Image, number: int, view: Callable[[Image.Image], Tensor]) -> Tensor:
