@@ -370,7 +370,8 @@ def persist(
         sure = trouble.tries is not None and firm >= max(trouble.tries, SURE if known else 1)
         if sure or tries >= settings.tries:
             often = f" (tried {tries} times in {time.monotonic() - begun:.0f} s)" if tries > 1 else ""
-            raise UserError(f"{shown(location)}: {trouble}{often}")
+            hint = "" if trouble.tries is not None else "; when it answers again, start the same command again"
+            raise UserError(f"{shown(location)}: {trouble}{often}{hint}")
         wait = min(settings.wait_s * 2 ** (tries - 1), MOST_WAIT_S) * random.SystemRandom().uniform(0.5, 1)
         if tries == 2:
             log.warning("%s: %s; trying again, up to %d times", shown(location), trouble, settings.tries)
