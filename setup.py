@@ -35,6 +35,7 @@ setup(
         "fairscale": ["fairscale>=0.4.13"],
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
+        "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # http, https and pipe need nothing; gs:// needs gcsfs
         "demo": [
             "matplotlib>=3.8",
             "scikit-image>=0.25",
@@ -43,7 +44,15 @@ setup(
             "foolbox==3.3.4",  # for its photographs, as the next
             "sporco==0.2.2.post1",
         ],
-        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "types-PyYAML", "pre-commit>=3.7"],
+        "dev": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "pre-commit>=3.7",
+            "moto[server]>=5.0",  # an S3 server for the tests of remote shards
+        ],
     },
     entry_points={"console_scripts": ["fdscale=fdscale.cli:main"]},
     classifiers=[

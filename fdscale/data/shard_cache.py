@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from fdscale import UserError
 from fdscale.data import sources
 from fdscale.data.files import prepare_folder
-from fdscale.data.sources import Settings, State, Stop, comparable, shown
+from fdscale.data.sources import Settings, State, Stop, comparable, shown, stop_of_process
 
 POLL_S = 0.05  # between two looks at a lock that another process holds
 STEP = 64 * 2**20  # bytes reserved at a time for a shard of unknown size
@@ -69,7 +69,7 @@ class ShardCache:
 
     def look(self, location: str, stop: Stop | None = None) -> State:
         """The state of a shard now, as far as its source tells without sending it. Raises UserError as `open` does."""
-        return sources.look(location, self.settings, stop or Stop())
+        return sources.look(location, self.settings, stop or stop_of_process())
 
     def open(self, location: str, expected: State, stop: Stop | None = None) -> tuple[int, State]:
         """(descriptor to read from, size and version) of a whole shard, fetched first if it is not there.
@@ -78,7 +78,7 @@ class ShardCache:
         Raises UserError if the source fails or has changed, the shard is larger than the bound, or the disk is full;
         Stopped if told to stop.
         """
-        stop = stop or Stop()
+        stop = stop or stop_of_process()
         expected = State(expected.size, comparable(expected.version, location))
         self._prepare()
         while True:

@@ -11,6 +11,7 @@ Letters: B samples in a global batch, W ranks, m samples in a micro-batch, S sid
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
@@ -28,6 +29,7 @@ from fdscale.data.mixture import Joined, Mixture
 from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
 from fdscale.data.prefetch import Prefetch, plan_of_lanes, plan_of_stretch
+from fdscale.data.sources import end_when_told
 
 Batches = Generator[dict[str, Any], None, None]
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
@@ -219,6 +221,7 @@ def _deliver(
     ahead: Prefetch | None = None,
     complete: Complete | None = None,
 ) -> Batches:
+    told = list(os.pipe()) if ahead is not None and workers else []  # ends what the workers fetch
     loader = DataLoader(
         _Guarded(samples),
         batch_sampler=plan,
@@ -226,11 +229,11 @@ def _deliver(
         prefetch_factor=prefetch if workers else None,
         collate_fn=partial(_collate, complete=complete),
         pin_memory=pin_memory,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=partial(_begin_worker, told=told),
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
     )
     iterator = iter(loader)
-    stop = partial(_stop_workers, iterator, ahead)
+    stop = partial(_stop_workers, iterator, ahead, told)
     atexit.register(stop)  # workers ignore SIGTERM, so multiprocessing would wait for them for ever at exit
     try:
         if ahead is not None:
@@ -280,20 +283,24 @@ def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> di
         return error
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(worker: int, told: list[int]) -> None:
     # A scheduler signals every process of a job; the main process decides what to do, and needs its data until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     torch.set_num_threads(1)
+    if told:
+        end_when_told(told[0])
 
 
 def _processes(iterator: Any) -> list[Any]:
     return getattr(iterator, "_workers", [])
 
 
-def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
+def _stop_workers(iterator: Any, ahead: Prefetch | None, told: list[int]) -> None:
     """End the workers now; the loader itself would only do so when its last reference is gone."""
+    if told:
+        os.write(told[1], bytes(len(_processes(iterator))))
     if ahead is not None:
         ahead.close()
     shutdown = getattr(iterator, "_shutdown_workers", None)
@@ -303,6 +310,8 @@ def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
         if process.is_alive():  # busy for longer than the loader waits
             process.kill()
             process.join()
+    while told:
+        os.close(told.pop())
 
 
 def _without_number(data: bytes, number: int, view: Callable[[bytes], Tensor]) -> Tensor:
