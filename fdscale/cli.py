@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fdscale {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _distill(verbs)
+    _cache(verbs)
     _export(verbs)
     _recipes(verbs)
     _doctor(verbs)
@@ -66,11 +67,35 @@ def _distill(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
     sub.add_argument("--steps", type=int, metavar="N", help="stop after step N; the schedule keeps its shape")
-    setting = "override a key of the recipe, for example optim.lr=2e-4"
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+    _set(sub)
     ds = "DeepSpeed JSON: ZeRO stage, offload, precision (default: ZeRO 0 in float32)"
     sub.add_argument("--ds", metavar="FILE", help=ds)
     sub.add_argument("--resume", metavar="CHECKPOINT", help="start a new run from another run's checkpoint directory")
+
+
+def _set(sub: argparse.ArgumentParser) -> None:
+    setting = "override a key of the recipe, for example optim.lr=2e-4"
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+
+
+def _cache(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale cache clip_vit_base_300 --out /scratch/clip-features --set cache.epochs=2 --set cache.dtype=int8 \\\n"
+        "    --set data.shards='/data/imagenet100/train-{0000..0063}.tar' \\\n"
+        "    --set teacher.weights=/models/clip_vit_b16.safetensors\n"
+        "  The same command again goes on where it stopped; with torchrun or srun, ranks share the work. Then train:\n"
+        "  fdscale distill, the same settings, and --set cache.features=/scratch/clip-features"
+    )
+    text = "write a teacher's features once, for runs that replay them"
+    sub = _verb(verbs, "cache", "fdscale.cache:main", text, example)
+    sub.add_argument(
+        "recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file; needs cache.epochs"
+    )
+    sub.add_argument(
+        "--out", required=True, metavar="DIR", help="directory of the cache; an existing one is gone on with"
+    )
+    _set(sub)
+    sub.add_argument("--repair", action="store_true", help="read every file there, and write the damaged ones anew")
 
 
 def _export(verbs: argparse._SubParsersAction) -> None:

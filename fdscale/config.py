@@ -77,8 +77,15 @@ class Objective:
 class Data:
     """Which images, in which order, seen how."""
 
-    shards: str | None = option(None, "WebDataset tars: a directory, a glob or a brace pattern", neutral=True)
-    index: str | None = option(None, "directory of the index; null: index/ beside the shards", neutral=True)
+    shards: tuple[str, ...] | None = option(
+        None, "WebDataset tars: a directory, a glob or a brace pattern, or a list of these", neutral=True
+    )
+    index: tuple[str, ...] | None = option(
+        None, "directory of the index, with data.weights one for each set; null: index/ beside the shards", neutral=True
+    )
+    weights: tuple[float, ...] | None = option(
+        None, "makes each entry of data.shards a set of its own, with this share of the samples; null: all are one set"
+    )
     heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
     heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
     heldout_samples: int = option(
@@ -100,6 +107,25 @@ class Data:
     flip: float = option(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
     workers: int = option(4, "decoding processes per rank; 0: in the training process", low=0, neutral=True)
     prefetch: int = option(2, "micro-batches each worker prepares ahead", low=1, neutral=True)
+    shard_cache: str | None = option(
+        None,
+        "directory on a local disk for shards from elsewhere; null: one of yours in the system's temporary directory",
+        neutral=True,
+    )
+    shard_cache_gib: float = option(64.0, "GiB that it may hold, for all ranks of a machine", low=0.0, neutral=True)
+    fetch_parallel: int = option(4, "shards that each rank fetches ahead at a time", low=1, neutral=True)
+    fetch_tries: int = option(8, "attempts in a row at a shard before its source counts as down", low=1, neutral=True)
+    fetch_timeout_s: float = option(
+        30.0, "seconds until a source that sends nothing counts as failed", low=0.1, neutral=True
+    )
+    lost_budget: float = option(
+        1e-3,
+        "share of the samples since the start (of 10 000 at least) that may be damaged and replaced; above it the run "
+        "stops",
+        low=0.0,
+        high=1.0,
+        neutral=True,
+    )
 
 
 @dataclass(frozen=True)
@@ -113,9 +139,9 @@ class Optim:
     eps: float = option(1e-8, "AdamW epsilon", low=0.0)
     clip_grad: float = option(3.0, "global gradient norm bound; 0: none", low=0.0)
     fused: str = option(
-        "torch",
-        "whose fused AdamW updates the weights: torch's, or NVIDIA's apex",
-        choices=("torch", "apex"),
+        "auto",
+        "whose fused AdamW updates the weights: torch, apex (NVIDIA's), or auto: apex on a GPU where it can be had",
+        choices=("auto", "torch", "apex"),
         neutral=True,
     )
     layer_decay: float = option(
@@ -157,6 +183,26 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Cache:
+    """Teacher features written once, by `fdscale cache`, and replayed ever after."""
+
+    epochs: float | None = option(
+        None,
+        "after so many epochs, whole or not, samples and their augmentation repeat, so that features written for them "
+        "serve the whole run; the live teacher repeats them too; null: never",
+        low=1e-9,
+    )
+    dtype: str = option(
+        "same",
+        "precision of the target: same (float32, as the teacher gives it), bfloat16, int8 or float8 (one scale per "
+        "token); the live teacher's is rounded likewise",
+        choices=("same", "bfloat16", "int8", "float8"),
+    )
+    features: str | None = option(None, "directory that `fdscale cache` wrote; null: the live teacher", neutral=True)
+    file_mib: int = option(1024, "MiB: size of the files that `fdscale cache` writes", low=1, neutral=True)
+
+
+@dataclass(frozen=True)
 class Save:
     """Checkpoints."""
 
@@ -186,6 +232,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)
     memory: Memory = field(default_factory=Memory)
+    cache: Cache = field(default_factory=Cache)
     save: Save = field(default_factory=Save)
     log: Log = field(default_factory=Log)
 
@@ -285,6 +332,11 @@ def check(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: schedule.min_lr and schedule.warmup_lr must not exceed optim.lr ({config.optim.lr:g})"
         )
+    cache = config.cache
+    if cache.epochs is None and (cache.features is not None or cache.dtype != "same"):
+        raise UserError(
+            f"{where}: cache.features and cache.dtype need cache.epochs, the epochs after which samples repeat"
+        )
     for name in ("scale", "ratio"):
         low, high = getattr(config.data, name)
         if not 0 < low <= high:
@@ -331,6 +383,8 @@ def trajectory(config: Config) -> dict[str, Any]:
     Files are identified by their content elsewhere.
     """
     excluded = {"student.weights", "teacher.weights"}
+    if config.cache.epochs is None:  # the section does nothing, and runs from before it was there go on
+        excluded |= {"cache.epochs", "cache.dtype"}
     values = {}
     for key, _, entry in fields():
         if not entry.metadata["neutral"] and key not in excluded:

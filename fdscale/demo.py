@@ -1,8 +1,9 @@
 """The main job on an embedded default: what `make demo` runs.
 
-Fourteen real photographs and a real ImageNet-trained teacher come out of ordinary Python packages. The photographs are
-packed into WebDataset shards and the teacher is distilled into a small SwinV2 by the same commands that a cluster would
-run. Eleven photographs train and three are held out: held-out means other photographs, not other crops of the same.
+Thirty-five real photographs and a real ImageNet-trained teacher come out of ordinary Python packages. The photographs
+are packed into WebDataset shards and the teacher is distilled into a small SwinV2 by the same commands that a cluster
+would run. Twenty-eight photographs train and seven are held out: held-out means other photographs, not other crops of
+the same.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ HELD_OUT = {
     "china": ("sklearn", "datasets/images/china.jpg"),
     "coffee": ("skimage", "data/coffee.png"),
     "camera": ("skimage", "data/camera.png"),
+    "sail": ("sporco", "data/sail.png"),
+    "deck_chairs": ("foolbox", "data/imagenet_01_559.jpg"),
+    "cannon": ("foolbox", "data/imagenet_13_471.jpg"),
+    "dalmatian": ("foolbox", "data/imagenet_16_251.jpg"),
 }
 TRAIN = {
     "astronaut": ("skimage", "data/astronaut.png"),
@@ -48,8 +53,25 @@ TRAIN = {
     "moon": ("skimage", "data/moon.png"),
     "motorcycle": ("skimage", "data/motorcycle_left.png"),
     "rocket": ("skimage", "data/rocket.jpg"),
+    "parrots": ("sporco", "data/kodim23.png"),
+    "monarch": ("sporco", "data/monarch.png"),
+    "tulips": ("sporco", "data/tulips.png"),
+    "bullmastiff": ("foolbox", "data/imagenet_00_243.jpg"),
+    "beakers": ("foolbox", "data/imagenet_02_438.jpg"),
+    "chestnuts": ("foolbox", "data/imagenet_03_990.jpg"),
+    "strawberries": ("foolbox", "data/imagenet_04_949.jpg"),
+    "thatched_houses": ("foolbox", "data/imagenet_05_853.jpg"),
+    "jeep": ("foolbox", "data/imagenet_06_609.jpg"),
+    "jeep_again": ("foolbox", "data/imagenet_07_609.jpg"),
+    "yurts": ("foolbox", "data/imagenet_08_915.jpg"),
+    "stained_glass": ("foolbox", "data/imagenet_12_741.jpg"),
+    "wading_birds": ("foolbox", "data/imagenet_14_129.jpg"),
+    "geese": ("foolbox", "data/imagenet_15_99.jpg"),
+    "eagle": ("foolbox", "data/imagenet_17_22.jpg"),
+    "leafhopper": ("foolbox", "data/imagenet_18_317.jpg"),
+    "dung_beetle": ("foolbox", "data/imagenet_19_305.jpg"),
 }
-SHOWN = (*HELD_OUT, "astronaut", "chelsea")
+SHOWN = ("china", "coffee", "camera", "astronaut", "chelsea")
 PICTURE_SIZE = 320  # pixels: 40 x 40 tokens at stride 8, where training sees 16 x 16
 
 

@@ -36,6 +36,14 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK") or _environment().get("LOCAL_RANK") or 0)
 
 
+def local_world() -> int:
+    """Number of processes on this node, as far as torchrun or Slurm tells; else 1."""
+    env = os.environ
+    slurm = env.get("SLURM_STEP_TASKS_PER_NODE") if "SLURM_STEP_ID" in env else None  # such as 4(x2)
+    match = re.match(r"\d+", env.get("LOCAL_WORLD_SIZE") or slurm or "1")
+    return min(int(match.group()), world()) if match else 1
+
+
 def device() -> torch.device:
     """The accelerator of this rank, or the CPU."""
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
@@ -151,29 +159,29 @@ def any_rank(flag: bool) -> bool:
 
 
 class Agreement:
-    """Flags of all ranks, agreed without ever waiting for a slow one inside the step.
+    """Counts and flags of all ranks, added up without ever waiting for a slow one inside the step.
 
-    `exchange(flags)` starts the reduction of this step's flags and returns the agreed flags of the previous step, so
-    all ranks act on the same answer at the same step, and the message has had a whole step to travel.
+    `exchange(values)` starts the reduction of this step's values and returns the sums of the previous step's, so all
+    ranks act on the same answer at the same step, and the message has had a whole step to travel.
     """
 
     def __init__(self, count: int):
         self._count = count
         self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def exchange(self, *flags: bool) -> tuple[bool, ...]:
-        """The previous call's flags, each true if any rank set it (all false on the first call).
+    def exchange(self, *values: int) -> tuple[int, ...]:
+        """The sums over ranks of the previous call's values (all 0 on the first call).
 
         With one rank, this call's.
         """
-        assert len(flags) == self._count
+        assert len(values) == self._count
         if world() == 1:
-            return flags
-        agreed = (False,) * self._count
+            return tuple(int(value) for value in values)
+        sums = (0,) * self._count
         if self._pending is not None:
             before, work = self._pending
             work.wait()
-            agreed = tuple(bool(value) for value in before.tolist())
-        tensor = torch.tensor([int(flag) for flag in flags])
+            sums = tuple(before.tolist())
+        tensor = torch.tensor([int(value) for value in values])
         self._pending = (tensor, torch_dist.all_reduce(tensor, group=_host_group, async_op=True))
-        return agreed
+        return sums

@@ -17,9 +17,11 @@ from fdscale.assemble import (
     identity,
     initial_values,
     normalise,
+    shard_cache,
     target_of,
     to_device,
     train_stream,
+    training_target,
     work_per_image,
 )
 from fdscale.data.index import open_index
@@ -45,31 +47,41 @@ def main(recipe: str, run: str, steps: int | None, set: list[str], ds: str | Non
 class HeldOut:
     """Held-out loss, beside that of a trivial predictor: the training set's mean token, predicted everywhere."""
 
-    def __init__(self, parts: Parts, dtype: torch.dtype):
+    def __init__(self, parts: Parts, dtype: torch.dtype, run: Run):
         data = parts.settings.data
-        self._parts, self._dtype = parts, dtype
-        self._index = open_index(data.heldout_shards, data.heldout_index) if data.heldout_shards else None
+        self._parts, self._dtype, self._run = parts, dtype, run
+        opened = data.heldout_shards and open_index(data.heldout_shards, data.heldout_index, shard_cache(data))
+        self._index = opened or None
         self._constant: Tensor | None = None
 
     def __call__(self, engine: Any) -> dict[str, Any]:
         """The record of one evaluation; a collective. Empty where there is no held-out set."""
         if self._index is None:
             return {}
+        first = self._constant is None
         if self._constant is None:
             self._constant = self._mean_training_token()
         parts, beta = self._parts, self._parts.settings.objective.beta
         sums = torch.zeros(3, dtype=torch.float64, device=dist.device())
         engine.eval()
+        if parts.cached is not None:  # the teacher is needed here alone, and is on the device only as long
+            parts.teacher.to(dist.device())
         with torch.no_grad():
             for batch in heldout_stream(parts, self._index):
+                if first:  # every evaluation loses the same samples
+                    self._run.report_lost(batch["replaced"])
                 images, weights = to_device(batch["images"]), batch["weights"].to(dist.device())
                 target = target_of(images, parts.teacher, parts.pairing)
                 loss = engine(normalise(images, self._dtype), target, None, weights)
                 trivial = feature_loss(self._constant.expand_as(target), target, beta, weights)
                 sums += torch.stack([loss.double(), trivial.double(), weights.sum().double()])
         engine.train()
+        if parts.cached is not None:
+            parts.teacher.to("cpu")
         loss, trivial, count = dist.total(sums).tolist()
-        return {"heldout_loss": loss / count, "heldout_trivial": trivial / count}
+        if not count:
+            raise UserError(f"no sample of data.heldout_shards ({parts.settings.data.heldout_shards}) can be read")
+        return {"heldout_loss": loss / count, "heldout_trivial": trivial / count, "heldout_samples": int(count)}
 
     def _mean_training_token(self) -> Tensor:
         """(T,) over as many training views as there are held-out samples, but at least MEAN_VIEWS; a collective."""
@@ -77,7 +89,7 @@ class HeldOut:
         wanted = max(MEAN_VIEWS, min(parts.settings.data.heldout_samples, parts.index.samples))
         sums = torch.zeros(parts.teacher.width + 1, dtype=torch.float64, device=dist.device())
         for batch in train_stream(parts, 0, wanted):
-            target = target_of(to_device(batch["images"]), parts.teacher, parts.pairing).flatten(0, 1)
+            target = training_target(parts, batch, to_device(batch["images"])).flatten(0, 1)
             sums[:-1] += target.double().sum(0)
             sums[-1] += target.shape[0]
         sums = dist.total(sums)
@@ -145,7 +157,10 @@ def distill(
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
     assert schedule.steps is not None
     last = min(schedule.steps, schedule.steps if stop_at is None else stop_at)
-    parts.teacher.to(dist.device())
+    if parts.cached is None:
+        parts.teacher.to(dist.device())
+    elif not settings.data.heldout_shards:
+        parts.teacher.to("meta")  # nothing computes with it: its memory is free again
     run.open({"ds_config": ds_config, "resumed_from": str(start) if start else None, "step": state.step})
     with run:
         if dist.rank() == 0:
@@ -155,6 +170,12 @@ def distill(
     if run.diverged:
         run.say(f"the loss is not finite at step {state.step}; nothing was saved since it broke", "red")
         return DIVERGED
+    if run.over_budget:
+        raise UserError(
+            f"{run.lost} samples could not be had and were replaced since this start, more than data.lost_budget "
+            f"{settings.data.lost_budget:g} allows: they are listed in {directory}/lost-*.log. Repair them (`fdscale "
+            f"shards verify --decode` names all), or set a larger budget; the state of step {state.step} is saved"
+        )
     if run.stopped_by:
         run.say(f"stopped by {run.stopped_by} at step {state.step}; the same command goes on from here")
         return STOPPED
@@ -171,6 +192,10 @@ def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, las
         f"{parts.index.samples} samples in {len(parts.index.names)} shards, {parts.order.lanes} lanes, "
         f"{dist.world()} rank(s)"
     )
+    if parts.cached is not None:
+        run.say(f"the teacher's features come from {parts.cached.folder}; it does not run")
+    if parts.order.span is not None:
+        run.say(f"samples and augmentation repeat after {parts.order.span} samples (cache.epochs)")
     if start is not None:
         run.say(f"resumed from {start}: step {state.step}, sample {state.samples}")
     if state.step >= last:
@@ -185,14 +210,15 @@ def _train(
 
     def prepare(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         run.log_samples(batch["numbers"].tolist(), batch["origin"])
+        run.report_lost(batch["replaced"])
         images = to_device(batch["images"])
         return (
             normalise(images, dtype),
-            target_of(images, parts.teacher, parts.pairing),
+            training_target(parts, batch, images),
             batch["numbers"].to(dist.device(), non_blocking=True),
         )
 
-    heldout = HeldOut(parts, dtype)
+    heldout = HeldOut(parts, dtype, run)
     if state.step == 0 and last > 0 and (record := heldout(engine)):
         run.log({"step": 0, "samples": 0, **record})
     run.start_progress(state.step, last)

@@ -17,8 +17,9 @@ from rich.markup import escape
 from fdscale.engine.initialize import prepare_environment
 
 APEX = (
-    "optional: NVIDIA's apex, for its fused AdamW (--set optim.fused=apex). It is not on PyPI (`pip install apex` is "
-    "another program); build it from https://github.com/NVIDIA/apex. Without it torch's fused AdamW is used"
+    "optional: NVIDIA's apex, whose fused LayerNorm and AdamW are used on a GPU where it is installed with its CUDA "
+    "extensions. It is not on PyPI (`pip install apex` is another program); build it from "
+    "https://github.com/NVIDIA/apex. Without it torch's own are used"
 )
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fdscale import UserError
 from fdscale.data.index import Index
-from fdscale.data.index import index as index_shards
+from fdscale.data.indexing import index as index_shards
 from fdscale.data.listing import Columns
 from fdscale.data.recode import Recoding
 from fdscale.data.reshard import reshard as reshard_shards

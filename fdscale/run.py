@@ -1,7 +1,8 @@
 """A run: its directory, what it writes about itself, and when it must stop.
 
 Run directory: config.yaml (resolved, reproduces the run), environment.jsonl (one line per start), metrics.jsonl,
-samples-RANK.log when asked, tensorboard/, checkpoints/ (see `fdscale.engine.checkpoint`), and what export puts there.
+samples-RANK.log when asked, lost-RANK.log when samples were replaced, tensorboard/, checkpoints/ (see
+`fdscale.engine.checkpoint`), and what export puts there.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fdscale import UserError, config, dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+LOST_TOLD = 5  # replaced samples shown in full by each rank,
+LOST_QUIET_S = 60.0  # then one in so many seconds
+LOST_OVER_AT_LEAST = 10_000  # samples: the budget is a share of these or of all seen, so that a start allows a few
 
 
 class Run:
@@ -42,8 +46,12 @@ class Run:
         self.console = Console(stderr=True, highlight=False)
         self.stopped_by: str | None = None  # name of the signal that ended the run, agreed by all ranks
         self.diverged = False
+        self.lost = 0  # samples replaced since this start, over all ranks
+        self.over_budget = False  # whether these are more than data.lost_budget allows
         self._signal: str | None = None
-        self._agreement = dist.Agreement(2)
+        self._agreement = dist.Agreement(3)
+        self._seen = 0  # samples trained on since this start, over all ranks
+        self._losses = _Losses(self)
         self._nonfinite = False
         self._previous: dict[int, Any] = {}
         self._sinks: list[Any] = []
@@ -103,6 +111,7 @@ class Run:
             sink.close()
         if self._samples is not None:
             self._samples.close()
+        self._losses.close()
 
     # -- stopping ------------------------------------------------------------------------------------------------------
     # --------------
@@ -122,13 +131,21 @@ class Run:
     def should_stop(self, step: int) -> bool:
         """Whether all ranks agreed to stop before this step.
 
-        A collective without a device sync: flags are read one step later.
+        A collective without a device sync: flags and counts are read one step later.
         """
-        stop, nonfinite = self._agreement.exchange(self._signal is not None, self._nonfinite)
-        self.diverged |= nonfinite
+        lost = self._losses.take()
+        stop, nonfinite, lost = self._agreement.exchange(self._signal is not None, self._nonfinite, lost)
+        self.diverged |= nonfinite > 0
+        self.lost += lost
+        self.over_budget = self.lost > self.settings.data.lost_budget * max(self._seen, LOST_OVER_AT_LEAST)
         if stop:
             self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
-        return stop or nonfinite
+        return bool(stop or nonfinite or self.over_budget)
+
+    def report_lost(self, replaced: list[Any]) -> None:
+        """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""
+        if replaced:
+            self._losses.add(replaced)
 
     # -- logging -------------------------------------------------------------------------------------------------------
     # --------------
@@ -155,8 +172,9 @@ class Run:
             self._progress.start()
             self._progress.add_task("step", total=total, completed=done, note="")
 
-    def advance(self, step: int) -> None:
-        """Move the bar."""
+    def advance(self, step: int, samples: int) -> None:
+        """A step of so many samples over all ranks is done: move the bar."""
+        self._seen += samples
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
 
@@ -178,6 +196,42 @@ class Run:
             self._samples.write(
                 "".join(f"{number}\t{shard}\t{key}\n" for number, (shard, key) in zip(numbers, origins, strict=True))
             )
+
+
+class _Losses:
+    """This rank's list of replaced samples, and how loudly each is told."""
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._file: Any = None
+        self._told, self._quiet, self._untold, self._new = 0, 0.0, 0, 0
+
+    def add(self, replaced: list[Any]) -> None:
+        if self._file is None:
+            self._file = (self._run.directory / f"lost-{dist.rank()}.log").open("a", buffering=1)
+        for one in replaced:
+            self._file.write("\t".join(str(field) for field in one) + "\n")
+            self._tell(one)
+        self._new += len(replaced)
+
+    def _tell(self, one: Any) -> None:
+        """The first few in full, then a line a minute."""
+        now = time.monotonic()
+        if self._told >= LOST_TOLD and now < self._quiet:
+            self._untold += 1
+            return
+        more = f" (and {self._untold} since the last line, all in {self._file.name})" if self._untold else ""
+        self._run.console.print(f"lost: {one}{more}", style="yellow", soft_wrap=True, markup=False)
+        self._told, self._quiet, self._untold = self._told + 1, now + LOST_QUIET_S, 0
+
+    def take(self) -> int:
+        """How many since the last call."""
+        new, self._new = self._new, 0
+        return new
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class _JsonLines:
@@ -247,6 +301,7 @@ _LINE = (
     ("mfu", "MFU {:.1%}"),
     ("mem_gib", "{:.2f} GiB"),
     ("skipped", "{:d} skipped"),
+    ("lost", "{:d} replaced"),
 )
 
 
@@ -254,7 +309,7 @@ def _line(values: dict[str, Any]) -> str:
     shown = [
         form.format(values[key])
         for key, form in _LINE
-        if values.get(key) is not None and not (key == "skipped" and values[key] == 0)
+        if values.get(key) is not None and not (key in ("skipped", "lost") and values[key] == 0)
     ]
     return f"step {values['step']}  " + "  ".join(shown)
 

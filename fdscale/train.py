@@ -54,18 +54,18 @@ def train(
             meter.add(loss)
         state.step += 1
         state.samples += batch_size
-        run.advance(state.step)
+        run.advance(state.step, batch_size)
         run.report_nonfinite(meter.end_step(engine.was_step_applied()))
 
         due = due_at(state.step, stop_at)
         heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
         if due(logging.every) or heldout:
-            run.log({"step": state.step, "samples": state.samples, **meter.read(engine), **heldout})
+            run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost, **heldout})
         if state.step % saving.every == 0 and healthy(meter, engine):
             aside(meter, lambda: save(state))
             saved_at = state.step
     if meter.steps:  # stopped between two log lines
-        run.log({"step": state.step, "samples": state.samples, **meter.read(engine)})
+        run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost})
     if state.step > saved_at and not run.diverged:
         run.diverged = not healthy(meter, engine)
         if not run.diverged:

@@ -97,6 +97,7 @@ MISTAKES: list[tuple[list[str], list[str], list[str]]] = [
     (["optim.batch_size=9"], [], ["not divisible by memory.micro_batch 4"]),
     (["data.lanes=3"], [], ["data.lanes 3 does not divide optim.batch_size 8"]),
     (["data.lanes=8", "optim.batch_size=64", "memory.micro_batch=64", "data.lanes=64"], [], ["64 lanes"]),
+    (["data.weights=[1, 2]"], [], ["data.weights has 2 values for 1 entries of data.shards"]),
     (["log.wandb=x"], [], ["log.wandb is set, but wandb is missing"]),
     (["memory.checkpoint=[torch, none, none]"], [], ["memory.checkpoint has 3 values"]),
     ([], ["--ds", "/nowhere/ds.json"], ["/nowhere/ds.json: no such ds_config file"]),
@@ -180,6 +181,28 @@ def test_a_checkpoint_of_another_recipe_is_refused_and_export_works(
     again = run_cli("export", run, tmp_path / "timm.safetensors")
     assert again.returncode == 2
     assert "--force" in again.stderr
+
+
+@pytest.mark.slow
+def test_a_mixture_has_the_shares_it_was_given_and_its_weights_are_part_of_the_run(
+    tiny: Callable[..., list[str]], shards: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    other, run = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(shards, other)
+    mixed = (f"data.shards=[{shards}, {other}]", "data.lanes=8", "schedule.steps=125", "optim.batch_size=8")
+    done = run_cli(*tiny(run, *mixed, "data.weights=[3, 1]", options=("--steps", "4")))
+    assert done.returncode == 0, done.stderr
+    done = run_cli(*tiny(run, *mixed, "data.weights=[1, 1]", options=("--steps", "8")))
+    assert done.returncode == 2
+    assert "data.weights was [3.0, 1.0], is [1.0, 1.0]" in done.stderr
+    done = run_cli(*tiny(run, *mixed, "data.weights=[3, 1]", options=("--steps", "32")))
+    assert done.returncode == 0, done.stderr
+    log = [line.split("\t") for line in (run / "samples-0.log").read_text().splitlines()]
+    assert [int(number) for number, _, _ in log] == list(range(256))
+    share = sum(shard.startswith(f"{other}/") for _, shard, _ in log) / 256
+    assert 0.15 < share < 0.35  # a period is 8000 numbers
 
 
 @pytest.mark.slow

@@ -69,13 +69,13 @@ def _agree(rank: int, port: int, queue: mp.Queue) -> None:
     )
     dist.init()
     agreement = dist.Agreement(2)
-    seen = [agreement.exchange(rank == 1 and step == 2, False) for step in range(5)]
+    seen = [agreement.exchange(rank == 1 and step == 2, rank * step) for step in range(5)]
     queue.put((rank, seen, dist.gather(rank), dist.any_rank(rank == 2), dist.total(torch.tensor([float(rank)])).item()))
     dist.close()
 
 
 @pytest.mark.slow
-def test_flags_reach_all_ranks_one_step_later() -> None:
+def test_flags_and_counts_reach_all_ranks_one_step_later() -> None:
     import socket
 
     with socket.socket() as probe:
@@ -89,10 +89,9 @@ def test_flags_reach_all_ranks_one_step_later() -> None:
     found = sorted(queue.get(timeout=120) for _ in processes)
     for process in processes:
         process.join(60)
-    no, yes = (False, False), (True, False)
     for rank, (own, seen, gathered, anyone, total) in enumerate(found):
         assert own == rank
-        assert seen == [no, no, no, yes, no]
+        assert seen == [(0, 0), (0, 0), (0, 3), (1, 6), (0, 9)]
         assert gathered == [0, 1, 2]
         assert anyone
         assert total == 3.0

@@ -38,7 +38,9 @@ def commands(text: str) -> list[str]:
     found = []
     for line in [*lines, *spans]:
         line = line.split("  #")[0].strip()
-        match = re.search(r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|export|recipes|doctor|shards)\b.*)", line)
+        match = re.search(
+            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|cache|export|recipes|doctor|shards)\b.*)", line
+        )
         if match:
             found.append(match.group(1))
     return found

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from fdscale import UserError
+from fdscale.data.lost import Lost
 from fdscale.data.order import philox
 
 # Only formats decoded inside Pillow: others start programs (EPS) or serve no purpose here.
@@ -28,11 +29,11 @@ RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling
 
 
 def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """The RGB image in a file's bytes. Raises UserError if it is damaged, cut short, too large or of no known kind."""
+    """The RGB image in a file's bytes. Raises Lost if it is damaged, cut short, too large or of no known kind."""
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         if image.width * image.height > most_pixels:
-            raise UserError(
+            raise Lost(
                 f"the image has {image.width} x {image.height} pixels, more than the {most_pixels} allowed "
                 "(a guard against files that fill the memory); make it smaller or leave it out"
             )
@@ -41,9 +42,9 @@ def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image.Image:
     except UserError:
         raise
     except Image.UnidentifiedImageError:
-        raise UserError(f"the {len(data)} bytes are no {', '.join(FORMATS)} image") from None
+        raise Lost(f"the {len(data)} bytes are no {', '.join(FORMATS)} image") from None
     except Exception as error:  # Pillow's readers raise whatever their parsing trips over
-        raise UserError(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
+        raise Lost(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
 
 
 def train_view(
@@ -132,7 +133,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values.clip(0, 2**16 - 1) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise UserError("the image holds floating-point values, whose range is not known; convert it to 8 bits")
+        raise Lost("the image holds floating-point values, whose range is not known; convert it to 8 bits")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # the same colours; the direct way warns of every such image
     return image.convert("RGB")

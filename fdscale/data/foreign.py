@@ -68,9 +68,10 @@ def claims_of_set(root: str, names: Sequence[str], given: Sequence[str] = ()) ->
     return dict(found)
 
 
-def disagreements(path: str, shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
-    """The claims about a shard, those given and those in files beside it, that differ from the samples found in it."""
-    wrong = [claim for claim in (*claims, *_claims_beside(path)) if claim.samples != found]
+def disagreements(path: str | None, shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
+    """The claims about a shard, those given and those in files beside `path`, that differ from the samples found."""
+    beside = [] if path is None else _claims_beside(path)
+    wrong = [claim for claim in (*claims, *beside) if claim.samples != found]
     return [
         Problem(
             shard,
@@ -119,7 +120,9 @@ def _bears_checks(file: int, total: int, members: Members) -> bool:
 
 
 def _lists_in(root: str) -> list[str]:
-    """Files in a folder that say something of all its shards."""
+    """Files in a folder that say something of all its shards; none if it is elsewhere."""
+    if not os.path.isdir(root):
+        return []
     found = [os.path.join(root, *parts) for parts in ((".nv-meta", ".info.json"), (".nv-meta", ".info.yaml"))]
     candidates = []
     for entry in os.scandir(root):

@@ -1,14 +1,16 @@
 """The index on disk, apart from the shards, in a folder of its own:
 
-    index.json      {"version", "fingerprint", "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar",
-                    and where something was left out "left_out", "damaged"}, ...]}, one shard per line
+    index.json      {"version", "fingerprint", "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar"},
+                    ...]}, one shard per line; where it lies elsewhere also "version", where something was left out
+                    "left_out" (samples) and "damaged" (the rest of the shard)
     NAME.npz        for each shard: the arrays of tar.Layout, "stamp" (version, bytes, mtime_ns), and "left_out" (JSON
                     in bytes) where something was left out; no pickles
     left-out.jsonl  {"shard", "key", "reason"} of all that was left out; without key it is about the rest of the shard
 
 Names are relative to the folder that holds all shards, in natural order ("2" before "10"), and "layout" is a hash of
 the arrays. The fingerprint, a hash over names, samples, bytes and layouts, identifies the data and so the order of a
-run. Nothing read from here is trusted: names stay inside the folder, arrays fit each other and the shard.
+run. A shard that lies elsewhere has a version (sources.py) and no time of change. Nothing read from here is trusted:
+names stay inside the folder, arrays fit each other and the shard.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Entry(NamedTuple):
     mtime_ns: int
     layout: str
     sidecar: str
+    version: str = ""
     left_out: int = 0
     damaged: bool = False
 
@@ -124,7 +127,10 @@ def load_entries(path: str) -> list[Entry]:
 
 
 def _sound(entry: Entry) -> bool:
-    texts, numbers = (entry.name, entry.layout, entry.sidecar), (entry.samples, entry.bytes, entry.left_out)
+    texts, numbers = (
+        (entry.name, entry.layout, entry.sidecar, entry.version),
+        (entry.samples, entry.bytes, entry.left_out),
+    )
     return all(isinstance(text, str) for text in texts) and all(type(n) is int and n >= 0 for n in numbers)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from fdscale import UserError
 
 
@@ -11,3 +13,17 @@ class Lost(UserError):
     Anything else that goes wrong with data (a source that is down, a shard that is gone, an index that does not fit)
     is a plain UserError and stops the run: replacing what may come back would change the order.
     """
+
+
+class Replaced(NamedTuple):
+    """A lost sample and what was taken in its place."""
+
+    number: int
+    shard: str
+    key: str
+    reason: str
+    by_shard: str
+    by_key: str
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample '{self.key}': {self.reason}; replaced by '{self.by_key}' of {self.by_shard}"

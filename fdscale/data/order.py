@@ -10,8 +10,8 @@ follow one another without a gap: a batch may hold the last samples of one and t
 
 Randomness is the raw output of Philox, keyed by (seed, epoch), sorted: numpy keeps raw streams the same from version
 to version, which it does not promise of its `permutation`. The second word of the counter keeps the uses apart: 0
-views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py, reshard.py), 4 a
-sample for statistics (stats.py).
+views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py, reshard.py), 4
+replacements of lost samples (stream.py), 5 mixtures (mixture.py), 6 a sample for statistics (stats.py).
 
 Letters: N samples in the set, C lanes, M samples in a block, n sample number, k numbers asked for.
 """
@@ -46,14 +46,17 @@ def permutation(seed: int, word: int, counter: tuple[int, int, int, int], count:
 class Order:
     """The endless order of samples of a set.
 
-    counts: samples in each shard; empty shards are never named. seed: 0..2**63-1. lanes and block: see above.
+    counts: samples in each shard; empty shards are never named. seed: 0..2**63-1. lanes and block: see above. span:
+    the numbers repeat after so many samples, n means n mod span (None: they never do).
     Raises UserError if there is no sample, or fewer samples than lanes.
     """
 
-    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, block: int = BLOCK) -> None:
+    def __init__(
+        self, counts: Sequence[int] | np.ndarray, seed: int, lanes: int, block: int = BLOCK, span: int | None = None
+    ) -> None:
         counts = np.asarray(counts, np.int64)
         self.samples = int(counts.sum())
-        self.seed, self.lanes, self.block = seed, lanes, block
+        self.seed, self.lanes, self.block, self.span = seed, lanes, block, span
         if self.samples == 0:
             raise UserError(f"no samples to order: all {len(counts)} shards are empty; check which shards were given")
         check_seed(seed)
@@ -64,6 +67,8 @@ class Order:
             )
         if block < 1:
             raise UserError(f"block is {block} samples, expected at least 1")
+        if span is not None and span < 1:
+            raise UserError(f"span is {span} samples, expected at least 1")
         self._shards = np.flatnonzero(counts)
         self._counts = counts[self._shards]
         self._epochs = Recent(limit=3)
@@ -76,7 +81,8 @@ class Order:
 
     def locate(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(epochs, shards, rows), each (k,) int64, of the sample numbers (k,) int64."""
-        epochs, places = np.divmod(np.asarray(numbers, np.int64), self.samples)
+        numbers = np.asarray(numbers, np.int64)
+        epochs, places = np.divmod(numbers if self.span is None else numbers % self.span, self.samples)
         steps, lanes = np.divmod(places, self.lanes)  # n-th sample of which lane
         blocks, inside = np.divmod(steps, self.block)
         keys = zip(epochs.tolist(), lanes.tolist(), blocks.tolist(), strict=True)
@@ -97,6 +103,26 @@ class Order:
         epochs = sum(order.nbytes + ends.nbytes for order, ends in self._epochs.values())
         return self._blocks.weight + epochs + self._shards.nbytes + self._counts.nbytes
 
+    def places(self, n: int) -> list[tuple[Order, int, int]]:
+        """(order of a set, number in it, number of its first shard) for each set that number n stands at: here one."""
+        return [(self, n if self.span is None else n % self.span, 0)]
+
+    def block_shards(self, epoch: int, lane: int, block: int) -> list[int]:
+        """The shards that a block of a lane draws from, and the one that the lane reads after them, -1 if none.
+
+        [-1] for a block after the last.
+        """
+        order, ends = self._epochs.get(epoch, self._make_epoch)
+        start = lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
+        end = start + self.samples // self.lanes + (lane < self.samples % self.lanes)
+        first = start + block * self.block
+        if first >= end:
+            return [-1]
+        at = np.array([first, min(first + self.block, end) - 1, end - 1])
+        a, b, z = np.searchsorted(ends, at, side="right").tolist()
+        shards = self._shards[order[a : b + 2]].tolist()
+        return shards if b < z else [*shards[: b + 1 - a], -1]
+
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         order = permutation(self.seed, epoch, (0, 1, 0, 0), len(self._shards))
         return order, np.cumsum(self._counts[order])
@@ -111,6 +137,9 @@ class Order:
 class Sequential:
     """The samples of a set once, shard by shard: number n is the n-th of them. For evaluation."""
 
+    seed = 0  # of replacements only
+    span = None
+
     def __init__(self, counts: Sequence[int] | np.ndarray) -> None:
         self._counts = np.asarray(counts, np.int64)
         self._ends = np.cumsum(self._counts)
@@ -120,6 +149,11 @@ class Sequential:
         """(epochs, shards, rows), each (k,) int64, of the sample numbers (k,) int64 below `samples`; epochs are 0."""
         shards = np.searchsorted(self._ends, numbers, side="right")
         return np.zeros_like(numbers), shards, numbers - (self._ends[shards] - self._counts[shards])
+
+    def shards_between(self, first: int, last: int) -> list[int]:
+        """The shards of the numbers first .. last, in order."""
+        a, z = np.searchsorted(self._ends, [first, last], side="right").tolist()
+        return (a + np.flatnonzero(self._counts[a : z + 1])).tolist()
 
 
 def default_lanes(batch_size: int, n_shards: int, samples: int) -> int:

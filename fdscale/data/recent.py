@@ -35,6 +35,11 @@ class Recent:
             self._forget(self._values.popitem(last=False)[1])
         return value
 
+    def drop_if(self, test: Callable[[Any, Any], bool]) -> None:
+        """Let go of the values for which `test(key, value)` holds."""
+        for key in [key for key, value in self._values.items() if test(key, value)]:
+            self._forget(self._values.pop(key))
+
     def clear(self) -> None:
         """Let go of every value."""
         while self._values:

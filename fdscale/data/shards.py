@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 from fdscale import UserError
 from fdscale.data.files import prepare_folder
-from fdscale.data.index import Index, Progress, index, open_index
+from fdscale.data.index import Index, open_index
+from fdscale.data.indexing import Progress, index
 from fdscale.data.listing import MOST_IMAGE_BYTES, Columns, Listing, Row, find
 from fdscale.data.order import check_seed, permutation
 from fdscale.data.parallel import parallel

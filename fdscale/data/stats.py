@@ -13,11 +13,13 @@ import numpy as np
 
 from fdscale import UserError
 from fdscale.data.files import Shards
-from fdscale.data.index import Index, Progress, open_index
+from fdscale.data.index import Index, open_index
 from fdscale.data.index_file import Entry, read_layout
+from fdscale.data.indexing import Progress
 from fdscale.data.order import philox
 from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
+from fdscale.data.shard_cache import ShardCache
 from fdscale.data.tar import IMAGE_EXTENSIONS
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -32,14 +34,15 @@ def stats(
     sample: int = 1000,
     workers: int = 1,
     progress: Progress | None = None,
+    cache: ShardCache | None = None,
 ) -> dict[str, Any]:
     """What is in a set, as plain numbers for JSON.
 
     Counts, bytes and members of all samples, from the index; of `sample` images drawn at random (fixed seed): width and
-    height from their headers, kind, and class. progress: called with (shards done, shards). Raises UserError if there
-    is no index.
+    height from their headers, kind, and class. progress: called with (shards done, shards). cache: for shards that lie
+    elsewhere. Raises UserError if there is no index.
     """
-    opened = open_index(shards, index_dir)
+    opened = open_index(shards, index_dir, cache)
     counts = opened.counts
     total: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
@@ -135,7 +138,7 @@ def _sampled(opened: Index, count: int) -> dict[str, Any]:
     from PIL import Image
 
     every = count == opened.samples
-    chosen = np.arange(count) if every else np.unique(philox(0, 0, (0, 4, 0, 0), count) % np.uint64(opened.samples))
+    chosen = np.arange(count) if every else np.unique(philox(0, 0, (0, 6, 0, 0), count) % np.uint64(opened.samples))
     chosen = chosen.astype(np.int64)
     starts = np.cumsum(opened.counts) - opened.counts
     shards = np.searchsorted(starts, chosen, side="right") - 1

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import atexit
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,22 +25,37 @@ from torch.utils.data import DataLoader, Dataset
 from fdscale import UserError
 from fdscale.data.augment import decode
 from fdscale.data.index import Index
-from fdscale.data.order import Order, Sequential, check_world
+from fdscale.data.lost import Lost, Replaced
+from fdscale.data.mixture import Joined, Mixture
+from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
+from fdscale.data.prefetch import Prefetch, plan_of_lanes, plan_of_stretch
 
 Batches = Generator[dict[str, Any], None, None]
-Sample = tuple[Tensor, int, str, str]  # image (3, S, S) uint8, number, shard, key
+Complete = Callable[[dict[str, Any]], dict[str, Any]]
+TRIES = 8  # others drawn for a lost sample, first from its shard, which is at hand, then as many from the whole set
+
+
+class Sample(NamedTuple):
+    """A sample by its number. shard, key: what the image really is of, the replacement's where `replaced` is given."""
+
+    image: Tensor  # (3, S, S) uint8
+    number: int
+    shard: str
+    key: str
+    replaced: Replaced | None = None
 
 
 class Samples(Dataset):
-    """The samples of a set by number: `samples[n]` is (image (3, S, S) uint8, n, shard name, key).
+    """The samples of a set by number: `samples[n]` is a Sample.
 
     index: where the bytes lie. order: which sample a number means. view: called as view(image, number=n) with an RGB
-    PIL image, for instance `partial(train_view, seed=0, size=224)`. Raises UserError naming shard and key if a sample
-    cannot be read.
+    PIL image, for instance `partial(train_view, seed=0, size=224)`. A sample that is Lost is replaced, at random by
+    (seed of the order, number). Raises UserError naming shard and key where no replacement can be had either, or where
+    data are not lost but out of reach.
     """
 
-    def __init__(self, index: Index, order: Order | Sequential, view: Callable[..., Tensor]) -> None:
+    def __init__(self, index: Index | Joined, order: Order | Mixture | Sequential, view: Callable[..., Tensor]) -> None:
         self.index, self.order, self.view = index, order, view
 
     def __getitem__(self, number: int) -> Sample:
@@ -52,16 +67,40 @@ class Samples(Dataset):
         return [self._sample(number, shard, row) for number, shard, row in places]
 
     def _sample(self, number: int, shard: int, row: int) -> Sample:
-        data = self.index.read(shard, row)
-        key = self.index.key(shard, row)
         try:
-            image = self.view(decode(data), number=number)
-        except UserError as error:
-            raise UserError(
-                f"{self.index.path(shard)}: sample '{key}': {error}. Repair or leave out the sample and index the "
-                "shard anew; fdscale shards verify --decode lists all such samples"
-            ) from None
-        return image, number, self.index.names[shard], key
+            return self._view(number, shard, row)
+        except Lost as error:
+            reason, key = str(error), self.index.key(shard, row)
+        for other in self._others(number, shard):
+            try:
+                found = self._view(number, *other)
+            except Lost:
+                continue
+            replaced = Replaced(number, self.index.names[shard], key, reason, found.shard, found.key)
+            return found._replace(replaced=replaced)
+        raise UserError(
+            f"{self.index.path(shard)}: sample '{key}': {reason}; and none of {2 * TRIES} others drawn in its place "
+            "can be used. fdscale shards verify --decode lists what is wrong with the set"
+        )
+
+    def _view(self, number: int, shard: int, row: int) -> Sample:
+        image = self.view(decode(self.index.read(shard, row)), number=self._seen(number))
+        return Sample(image, number, self.index.names[shard], self.index.key(shard, row))
+
+    def _seen(self, number: int) -> int:
+        """The number that decides what is seen: beyond the span of the order, samples repeat as they were."""
+        return number if self.order.span is None else number % self.order.span
+
+    def _others(self, number: int, shard: int) -> Iterator[tuple[int, int]]:
+        """(shard, row) of what may stand for a lost sample of `shard`: a function of (seed, number) alone."""
+        words = philox(self.order.seed, self._seen(number), (0, 4, 0, 0), 2 * TRIES).tolist()
+        for word in words[:TRIES]:
+            yield shard, word % int(self.index.counts[shard])
+        ends = np.cumsum(self.index.counts)
+        for word in words[TRIES:]:
+            place = word % int(ends[-1])
+            where = int(np.searchsorted(ends, place, side="right"))
+            yield where, place - int(ends[where] - self.index.counts[where])
 
 
 def batches(
@@ -76,16 +115,18 @@ def batches(
     workers: int,
     prefetch: int = 2,
     pin_memory: bool = False,
+    complete: Complete | None = None,
 ) -> Batches:
     """The micro-batches of one rank, global batch after global batch, B / (W m) of them for each.
 
     batch_size: B, over all ranks. start: number of the first sample of the first global batch. stop: a sample number;
     the last global batch is the last one that starts below it (None: endless). workers: processes (0: this one).
-    prefetch: micro-batches each worker prepares ahead. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64
-    and origin, m pairs (shard, key). Close the iterator to stop the workers. Raises UserError if the sizes do not
-    divide, or a sample cannot be read.
+    prefetch: micro-batches each worker prepares ahead. complete: what it returns for a micro-batch, called in the
+    worker, is added to it (the features of a cached teacher). Yields dicts of images (m, 3, S, S) uint8, numbers (m,)
+    int64, origin, m pairs (shard, key), and replaced, a Replaced for each sample that was lost. Close the iterator to
+    stop the workers. Raises UserError if the sizes do not divide, or data are out of reach.
     """
-    assert isinstance(samples.order, Order)
+    assert not isinstance(samples.order, Sequential)
     check_world(samples.order.lanes, world)
     if micro_batch < 1 or batch_size < 1 or batch_size % (world * micro_batch):
         share = batch_size // world
@@ -98,7 +139,16 @@ def batches(
         raise UserError(f"start is sample number {start}, expected 0 or more")
     assert 0 <= rank < world
     plan = _Slots(batch_size, micro_batch, rank, world, start, stop)
-    return _deliver(samples, plan, workers, prefetch, pin_memory)
+    need = plan_of_lanes(samples.order, rank, world, samples.index.cache.ranks)
+    ahead = Prefetch(samples.index, need, start + rank) if samples.index.remote else None
+    return _deliver(samples, plan, workers, prefetch, pin_memory, ahead, complete)
+
+
+def chosen_batches(
+    samples: Samples, numbers: Iterable[list[int]], *, workers: int, prefetch: int = 2, pin_memory: bool = False
+) -> Batches:
+    """The micro-batches of these numbers, one after another, as `batches` yields them."""
+    return _deliver(samples, numbers, workers, prefetch, pin_memory)
 
 
 def evaluation_batches(
@@ -118,7 +168,7 @@ def evaluation_batches(
     view: of an RGB PIL image, for instance `partial(eval_view, size=224)`. Numbers count the samples in the order of
     the index. limit: only the first so many samples (None: all).
     Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
-    micro-batches.
+    micro-batches, or that stands for a lost one.
     """
     assert 0 <= rank < world
     if micro_batch < 1:
@@ -129,7 +179,9 @@ def evaluation_batches(
     mine = np.arange(-(-share // micro_batch) * micro_batch) + rank * share
     weights = (mine < min((rank + 1) * share, total)).astype(np.float32).reshape(-1, micro_batch)
     plan = np.minimum(mine, total - 1).reshape(-1, micro_batch).tolist()
-    return _weighted(_deliver(samples, plan, workers, prefetch, pin_memory), torch.from_numpy(weights))
+    need = plan_of_stretch(Sequential(index.counts), plan[-1][-1])
+    ahead = Prefetch(index, need, plan[0][0]) if index.remote else None
+    return _weighted(_deliver(samples, plan, workers, prefetch, pin_memory, ahead), torch.from_numpy(weights))
 
 
 class _Slots:
@@ -160,24 +212,36 @@ class _Guarded(Dataset):
             return error
 
 
-def _deliver(samples: Samples, plan: Any, workers: int, prefetch: int, pin_memory: bool) -> Batches:
+def _deliver(
+    samples: Samples,
+    plan: Any,
+    workers: int,
+    prefetch: int,
+    pin_memory: bool,
+    ahead: Prefetch | None = None,
+    complete: Complete | None = None,
+) -> Batches:
     loader = DataLoader(
         _Guarded(samples),
         batch_sampler=plan,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, complete=complete),
         pin_memory=pin_memory,
         worker_init_fn=_begin_worker,
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
     )
     iterator = iter(loader)
-    stop = partial(_stop_workers, iterator)
+    stop = partial(_stop_workers, iterator, ahead)
     atexit.register(stop)  # workers ignore SIGTERM, so multiprocessing would wait for them for ever at exit
     try:
+        if ahead is not None:
+            ahead.start()  # after the workers: a fork copies no threads, but may copy what they hold
         for batch in iterator:
             if isinstance(batch, UserError):
                 raise batch
+            if ahead is not None:
+                ahead.advance(int(batch["numbers"][0]))
             yield batch
     except RuntimeError as error:
         codes = [process.exitcode for process in _processes(iterator)]
@@ -197,20 +261,25 @@ def _deliver(samples: Samples, plan: Any, workers: int, prefetch: int, pin_memor
 def _weighted(stream: Batches, weights: Tensor) -> Batches:
     try:
         for batch, weight in zip(stream, weights, strict=True):
-            yield {**batch, "weights": weight}
+            lost = torch.tensor([replaced.number for replaced in batch["replaced"]], dtype=torch.int64)
+            yield {**batch, "weights": weight * ~torch.isin(batch["numbers"], lost)}
     finally:
         stream.close()
 
 
-def _collate(samples: list[Sample] | UserError) -> dict[str, Any] | UserError:
+def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> dict[str, Any] | UserError:
     if isinstance(samples, UserError):
         return samples
-    images, numbers, shards, keys = zip(*samples, strict=True)
-    return {
-        "images": torch.stack(images),
-        "numbers": torch.tensor(numbers, dtype=torch.int64),
-        "origin": list(zip(shards, keys, strict=True)),
+    batch = {
+        "images": torch.stack([sample.image for sample in samples]),
+        "numbers": torch.tensor([sample.number for sample in samples], dtype=torch.int64),
+        "origin": [(sample.shard, sample.key) for sample in samples],
+        "replaced": [sample.replaced for sample in samples if sample.replaced],
     }
+    try:
+        return batch if complete is None else batch | complete(batch)
+    except UserError as error:
+        return error
 
 
 def _begin_worker(worker: int) -> None:
@@ -225,8 +294,10 @@ def _processes(iterator: Any) -> list[Any]:
     return getattr(iterator, "_workers", [])
 
 
-def _stop_workers(iterator: Any) -> None:
+def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
     """End the workers now; the loader itself would only do so when its last reference is gone."""
+    if ahead is not None:
+        ahead.close()
     shutdown = getattr(iterator, "_shutdown_workers", None)
     if shutdown is not None:
         shutdown()

@@ -216,7 +216,7 @@ def initialize(
     eps: float,
     clip_grad: float,
     layer_decay: float,
-    fused: str = "torch",
+    fused: str = "auto",
 ) -> Any:
     """Materialise a module that lives on the meta device and hand it to DeepSpeed.
 
@@ -224,8 +224,6 @@ def initialize(
     Returns DeepSpeed's own engine; its optimizer has the groups of `engine.optim.param_groups`.
     """
     prepare_environment(offloaded(ds))
-    if fused == "apex" and stage(ds) == 3:
-        raise UserError("optim.fused=apex counts updates wrongly at ZeRO 3, which steps in parts; take torch")
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
@@ -250,7 +248,7 @@ def initialize(
     parameters = dict(module.named_parameters())
     for group in groups:
         group["params"] = [parameters[name] for name in group["names"]]
-    optimizer = adamw(groups, betas, eps, offloaded=offloaded(ds), fused=fused)
+    optimizer = adamw(groups, betas, eps, stage=stage(ds), offloaded=offloaded(ds), fused=fused)
     if stage(ds) == 0:
         optimizer.register_step_pre_hook(lambda opt, args, kwargs: _clip(opt, clip_grad))
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -59,24 +60,40 @@ def adamw(
     betas: tuple[float, float],
     eps: float,
     *,
+    stage: int = 0,
     offloaded: bool = False,
-    fused: str = "torch",
+    fused: str = "auto",
 ) -> torch.optim.Optimizer:
-    """AdamW: torch's fused one, NVIDIA's apex's, or DeepSpeed's CPU one where the optimizer state is offloaded.
+    """AdamW: torch's fused one, NVIDIA apex's, or DeepSpeed's CPU one where the optimizer state is offloaded.
 
-    Raises UserError when apex is asked for and is not there.
+    stage: of ZeRO. fused: torch, apex, or auto, which is apex's on a GPU where it is installed and the stage allows it.
+    Raises UserError when apex is asked for and cannot be had.
     """
     if offloaded:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, betas=betas, eps=eps, adamw_mode=True)
-    if fused == "apex":
-        try:
-            from apex.optimizers import FusedAdam
-        except ImportError:
-            raise UserError(
-                "optim.fused is apex, but NVIDIA's apex is not installed (`fdscale doctor` says how to get it); "
-                "--set optim.fused=torch does without"
-            ) from None
-        return FusedAdam(groups, betas=betas, eps=eps, adam_w_mode=True)
+    if fused == "apex" or (fused == "auto" and torch.cuda.is_available()):
+        problem, kind = _apex(stage)
+        if kind is not None:
+            return kind(groups, betas=betas, eps=eps, adam_w_mode=True)
+        if fused == "apex":
+            raise UserError(f"optim.fused is apex, but {problem}; --set optim.fused=torch does without")
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+
+
+def _apex(stage: int) -> tuple[str, Any]:
+    """(why not, None), or ("", apex's FusedAdam)."""
+    if stage == 3:
+        return "it counts updates wrongly at ZeRO 3, which steps in parts", None
+    try:
+        importlib.import_module("amp_C")  # its kernels; an apex built without them fails only when it is constructed
+        from apex.optimizers import FusedAdam
+    except ImportError:
+        missing = "NVIDIA's apex with its CUDA extensions is not installed (`fdscale doctor` says how to get it)"
+        return missing, None
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    if stage and FusedAdam not in ZERO_SUPPORTED_OPTIMIZERS:
+        return "this DeepSpeed does not know it as an optimizer for ZeRO", None
+    return "", FusedAdam

@@ -14,12 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdscale.kernels.layer_norm import layer_norm
+
 INIT_STD = 0.02
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) from one number for both or from two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class LayerNorm(nn.LayerNorm):
+    """torch's module, which takes the faster kernel where there is one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class PatchEmbed(nn.Module):
@@ -32,7 +41,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(in_chans, width, patch_size, stride=patch_size)
         self.inputs = in_chans * patch_size**2  # numbers per patch; the weight's own shape is empty under ZeRO-3
-        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(width, eps=norm_eps)
+        self.norm = nn.Identity() if norm_eps is None else LayerNorm(width, eps=norm_eps)
 
     def forward(self, images: Tensor) -> Tensor:
         patch = self.proj.stride[0]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fdscale import UserError
 from fdscale.kernels.reference import window_attention
 from fdscale.models.layers import (
+    LayerNorm,
     Mlp,
     PatchEmbed,
     add_branch,
@@ -82,10 +83,10 @@ class Block(nn.Module):
     def __init__(self, width: int, hidden: int, extra_norm: bool, **attention: Any) -> None:
         super().__init__()
         self.attn = WindowAttention(width, **attention)
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, hidden)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.enorm = nn.LayerNorm(width, eps=NORM_EPS) if extra_norm else None
+        self.norm2 = LayerNorm(width, eps=NORM_EPS)
+        self.enorm = LayerNorm(width, eps=NORM_EPS) if extra_norm else None
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """x (B, H, W, C); keep (2, B) factors of the two branches, or None for 1."""
@@ -101,7 +102,7 @@ class PatchMerging(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.reduction = nn.Linear(4 * width, 2 * width, bias=False)
-        self.norm = nn.LayerNorm(2 * width, eps=NORM_EPS)
+        self.norm = LayerNorm(2 * width, eps=NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1] % 2 or x.shape[2] % 2:
@@ -187,7 +188,7 @@ class SwinV2(nn.Module):
             stages.append(Stage(blocks, PatchMerging(channels) if s < len(depths) - 1 else None))
             height, width = math.ceil(height / 2), math.ceil(width / 2)
         self.layers = nn.ModuleList(stages)
-        self.norm = nn.LayerNorm(self.width, eps=NORM_EPS)
+        self.norm = LayerNorm(self.width, eps=NORM_EPS)
         initialise_unless_meta(self)
 
     def forward(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:

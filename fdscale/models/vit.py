@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fdscale import UserError
 from fdscale.models.layers import (
     INIT_STD,
+    LayerNorm,
     Mlp,
     PatchEmbed,
     add_branch,
@@ -83,10 +84,10 @@ class Block(nn.Module):
         self, width: int, heads: int, hidden: int, grid: tuple[int, int], own_table: bool, layer_scale: bool
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = LayerNorm(width, eps=NORM_EPS)
         self.attn = Attention(width, heads, grid, own_table)
         self.gamma_1 = nn.Parameter(torch.empty(width)) if layer_scale else None
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = LayerNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, hidden)
         self.gamma_2 = nn.Parameter(torch.empty(width)) if layer_scale else None
 
@@ -172,7 +173,7 @@ class ViT(nn.Module):
         self.blocks = Blocks(
             Block(embed_dim, num_heads, hidden, self.built_grid, own_table, bool(layer_scale)) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS) if final_norm else nn.Identity()
+        self.norm = LayerNorm(embed_dim, eps=NORM_EPS) if final_norm else nn.Identity()
         initialise_unless_meta(self)
 
     def forward(self, images: Tensor, numbers: Tensor | None = None) -> Tensor:

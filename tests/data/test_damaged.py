@@ -13,8 +13,9 @@ import pytest
 from webdataset.tariterators import base_plus_ext
 
 from fdscale import UserError
-from fdscale.data.index import index, open_index
+from fdscale.data.index import open_index
 from fdscale.data.index_file import load_entries
+from fdscale.data.indexing import index
 from fdscale.data.tar import scan
 from fdscale.data.verify import shared_keys, verify
 

@@ -18,9 +18,9 @@ from webdataset.tariterators import base_plus_ext
 
 from fdscale import UserError
 from fdscale.data import foreign
-from fdscale.data import index as index_module
-from fdscale.data.index import index
+from fdscale.data import indexing as index_module
 from fdscale.data.index_file import load_sidecar
+from fdscale.data.indexing import index
 from fdscale.data.verify import verify
 
 

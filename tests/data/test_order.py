@@ -103,6 +103,14 @@ def test_answers_do_not_depend_on_what_was_asked_before(s, random):
     assert [table[n] for n in sorted(numbers)[::9]] == expected
 
 
+@settings(max_examples=30, deadline=None)
+@given(sets, st.integers(1, 300))
+def test_numbers_beyond_the_span_repeat(s, span):
+    order = Order(**s, span=span)
+    for n in (0, span - 1, span, 2 * span - 1, 7 * span, 10**12):
+        assert order.at(n) == Order(**s).at(n % span)
+
+
 def test_seeds_and_epochs_differ():
     counts = [50] * 20
     orders = [np.array(Order(counts, seed, 10).locate(np.arange(2000))[1:]) for seed in (0, 1, 2**63 - 1)]
@@ -184,6 +192,7 @@ def test_check_world_names_the_usable_sizes():
         ({"counts": [3], "seed": -1}, "seed is -1"),
         ({"counts": [3], "seed": 2**63}, "seed is"),
         ({"counts": [3], "block": 0}, "block is 0"),
+        ({"counts": [3], "span": 0}, "span is 0"),
     ],
 )
 def test_unusable_arguments_are_refused(arguments, message):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from fdscale import UserError
 from fdscale.data import shards as shards_module
-from fdscale.data.index import index
+from fdscale.data.indexing import index
 from fdscale.data.shards import make
 from fdscale.data.verify import verify
 

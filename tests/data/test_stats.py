@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from fdscale import UserError
-from fdscale.data.index import index
+from fdscale.data.indexing import index
 from fdscale.data.shards import make
 from fdscale.data.stats import stats
 

@@ -20,10 +20,11 @@ from PIL import Image
 
 from fdscale import UserError
 from fdscale.data.augment import decode, eval_view, train_view
-from fdscale.data.index import index, open_index
+from fdscale.data.index import open_index
+from fdscale.data.indexing import index
 from fdscale.data.order import Order
 from fdscale.data.shards import make
-from fdscale.data.stream import Samples, _Slots, batches, evaluation_batches
+from fdscale.data.stream import Samples, _Slots, batches, chosen_batches, evaluation_batches
 
 LANES = 12
 
@@ -102,7 +103,7 @@ def test_batches_are_the_samples_of_their_numbers(samples, shards):
         image = decode(opened.read(where, row))
         assert pixels == train_view(image, 5, number, 16).numpy().tobytes()
         one = samples[number]
-        assert (one[1:], one[0].numpy().tobytes()) == ((number, shard, key), pixels)
+        assert (one[1:], one.image.numpy().tobytes()) == ((number, shard, key, None), pixels)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -125,6 +126,44 @@ def test_the_sequence_and_the_pixels_survive_every_change(samples):
         got += draw(samples, len(got), steps, world=world, workers=workers, batch_size=batch_size, micro_batch=micro)
     assert got == reference[: len(got)]
     assert len(got) == 180
+
+
+def test_beyond_the_span_samples_and_their_views_repeat_under_new_numbers(samples):
+    """On any ranks and workers, with a span that nothing divides; what `complete` adds comes along."""
+    span = 29
+    order = Order(samples.index.counts, 5, LANES, 4, span=span)
+    repeating = Samples(samples.index, order, samples.view)
+    plain = {number: (origin, pixels) for number, origin, pixels in draw(samples, 0, 2)}
+    for start, world, workers, batch_size in ((0, 1, 0, 24), (24, 3, 1, 24), (48, 2, 0, 48)):
+        drawn = draw(repeating, start, 2, world=world, workers=workers, batch_size=batch_size)
+        assert [number for number, _, _ in drawn] == list(range(start, start + 2 * batch_size))
+        assert all((origin, pixels) == plain[number % span] for number, origin, pixels in drawn)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_complete_adds_to_each_micro_batch_and_its_errors_stop_the_stream(samples, workers):
+    def complete(batch):
+        if 9 in batch["numbers"].tolist():
+            raise UserError("there is no ninth")
+        return {"sums": batch["images"].flatten(1).sum(1)}
+
+    stream = batches(
+        samples, batch_size=12, micro_batch=3, rank=0, world=1, start=0, workers=workers, complete=complete
+    )
+    for _ in range(3):
+        batch = next(stream)
+        assert torch.equal(batch["sums"], batch["images"].long().sum((1, 2, 3)))
+    with pytest.raises(UserError, match="there is no ninth"):
+        next(stream)
+
+
+def test_chosen_numbers_come_as_they_are_given(samples):
+    chosen = [[5, 3], [100, 5]]
+    got = list(chosen_batches(samples, iter(chosen), workers=1))
+    assert [batch["numbers"].tolist() for batch in got] == chosen
+    for batch in got:
+        for number, image in zip(batch["numbers"].tolist(), batch["images"], strict=True):
+            assert torch.equal(image, samples[number][0])
 
 
 def test_stop_ends_the_stream_after_whole_batches(samples):
@@ -157,30 +196,100 @@ def test_sizes_that_do_not_divide_are_refused_at_once(samples, sizes, message):
         batches(samples, **{**right, **sizes})
 
 
+@pytest.fixture
+def damaged(tmp_path, photos, pack) -> Samples:
+    """Two shards of 8: a.tar with one broken image and one that is no image, b.tar cut off in its sixth sample."""
+    members = {f"{i}.jpg": photos[i] for i in range(16)}
+    members |= {"3.jpg": photos[3][:500], "5.jpg": b"GIF, not quite"}
+    pack(tmp_path / "a.tar", {f"{i}.jpg": members[f"{i}.jpg"] for i in range(8)})
+    path = pack(tmp_path / "b.tar", {f"{i}.jpg": members[f"{i}.jpg"] for i in range(8, 16)})
+    opened = index(tmp_path)
+    place = path.read_bytes().index(photos[13])
+    path.write_bytes(path.read_bytes()[: place + 100])
+    return Samples(opened, Order(opened.counts, 7, 4, 4), partial(train_view, seed=7, size=16))
+
+
+def drawn(samples, *, steps=12, world=1, workers=0, micro_batch=2) -> tuple[list, list]:
+    """(every image with its number and origin, every replacement), from all ranks, in the order of numbers."""
+    images, replaced = [], []
+    for rank in range(world):
+        sizes = {"batch_size": 8, "micro_batch": micro_batch, "world": world, "stop": 8 * steps}
+        for batch in batches(samples, **sizes, rank=rank, start=0, workers=workers):
+            pixels = [image.numpy().tobytes() for image in batch["images"]]
+            images += zip(batch["numbers"].tolist(), batch["origin"], pixels, strict=True)
+            replaced += batch["replaced"]
+    return sorted(images), sorted(replaced)
+
+
+def test_lost_samples_are_replaced_and_each_is_named(damaged):
+    """Against a plain reading of the order: who is lost is known, everybody else is where he was."""
+    images, replaced = drawn(damaged)
+    lost = {("a.tar", "3"), ("a.tar", "5"), ("b.tar", "13"), ("b.tar", "14"), ("b.tar", "15")}
+    expected = []
+    for number, origin, _ in images:
+        _, shard, row = damaged.order.at(number)
+        wanted = (damaged.index.names[shard], damaged.index.key(shard, row))
+        if wanted in lost:
+            expected.append((number, *wanted))
+            assert origin[0] == wanted[0]  # first choice: its own shard, which is at hand
+            assert origin not in lost
+        else:
+            assert origin == wanted
+    assert [(one.number, one.shard, one.key) for one in replaced] == expected
+    assert len(expected) == 6 * len(lost)  # 96 numbers are 6 epochs of 16
+    reasons = {(one.shard, one.key): one.reason for one in replaced}
+    assert reasons["a.tar", "3"].startswith("the image cannot be decoded (OSError: ")
+    assert "are no JPEG" in reasons["a.tar", "5"]
+    assert reasons["b.tar", "13"].startswith("the shard is cut off before byte ")
+    assert len({one.by_key for one in replaced}) > 3
+
+
+@pytest.mark.parametrize(("world", "workers", "micro_batch"), [(1, 2, 4), (2, 0, 1), (4, 1, 2)])
+def test_replacements_are_the_same_however_the_work_is_cut(damaged, world, workers, micro_batch):
+    assert drawn(damaged, world=world, workers=workers, micro_batch=micro_batch) == drawn(damaged)
+
+
+def test_replacements_come_from_other_shards_where_their_own_has_none(tmp_path, photos, pack):
+    pack(tmp_path / "a.tar", {f"{i}.jpg": b"nothing" for i in range(4)})
+    pack(tmp_path / "b.tar", {f"{i}.jpg": photos[i] for i in range(4)})
+    opened = index(tmp_path)
+    images, replaced = drawn(Samples(opened, Order(opened.counts, 0, 4), partial(train_view, seed=0, size=16)), steps=2)
+    assert {origin[0] for _, origin, _ in images} == {"b.tar"}
+    assert len(replaced) == len(images) // 2
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_stops_the_run_with_its_place(tmp_path, photos, pack, workers):
-    pack(tmp_path / "a.tar", {f"{i}.jpg": photos[i] if i != 3 else photos[i][:500] for i in range(6)})
+def test_where_nothing_can_be_had_the_run_stops_with_the_first_reason(tmp_path, pack, workers):
+    pack(tmp_path / "a.tar", {f"{i}.jpg": b"nothing" for i in range(8)})
     opened = index(tmp_path)
     broken = Samples(opened, Order(opened.counts, 0, 1), partial(train_view, seed=0, size=16))
     stream = batches(broken, batch_size=2, micro_batch=2, rank=0, world=1, start=0, workers=workers)
-    with pytest.raises(UserError) as caught:
-        list(islice(stream, 3))
-    text = str(caught.value)
-    assert text.startswith(f"{tmp_path}/a.tar: sample '3': the image cannot be decoded (OSError: ")
-    assert "Traceback" not in text
-    assert "verify --decode" in text
+    with pytest.raises(UserError, match=r"a\.tar: sample '\d': the 7 bytes are no .* and none of 16 others") as caught:
+        next(stream)
+    assert "Traceback" not in str(caught.value)
     with pytest.raises(StopIteration):
         next(stream)
 
 
+def test_lost_samples_have_no_weight_in_an_evaluation(damaged):
+    view = partial(eval_view, size=16)
+    seen = list(evaluation_batches(damaged.index, view, micro_batch=3, rank=0, world=1, workers=0))
+    weights = torch.cat([batch["weights"] for batch in seen])
+    numbers = torch.cat([batch["numbers"] for batch in seen])
+    assert numbers[weights > 0].tolist() == [i for i in range(16) if i not in (3, 5, 13, 14, 15)]
+    assert [one.number for batch in seen for one in batch["replaced"]][:2] == [3, 5]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_shard_cut_during_the_run_stops_it(tmp_path, photos, pack, workers):
+def test_a_shard_that_was_exchanged_stops_the_run(tmp_path, photos, pack, workers):
     path = pack(tmp_path / "a.tar", {f"{i}.jpg": photos[i] for i in range(6)})
     opened = index(tmp_path)
-    path.write_bytes(path.read_bytes()[:9000])
-    cut = Samples(opened, Order(opened.counts, 0, 1), partial(train_view, seed=0, size=16))
-    stream = batches(cut, batch_size=2, micro_batch=2, rank=0, world=1, start=0, workers=workers)
-    with pytest.raises(UserError, match=r"a\.tar: truncated or changed since it was indexed: it has 9000 bytes"):
+    size = path.stat().st_size
+    pack(tmp_path / "a.tar", {f"{i}.jpg": photos[5 - i] + bytes(512) for i in range(6)})
+    path.write_bytes(path.read_bytes()[:size])
+    other = Samples(opened, Order(opened.counts, 0, 1), partial(train_view, seed=0, size=16))
+    stream = batches(other, batch_size=2, micro_batch=2, rank=0, world=1, start=0, workers=workers)
+    with pytest.raises(UserError, match=r"a\.tar: truncated or changed since .* nor are others in place"):
         next(stream)
 
 

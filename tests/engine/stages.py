@@ -25,6 +25,7 @@ CASES = {
     **{f"zero{stage}-bf16": {"zero_optimization": {"stage": stage}, **BF16} for stage in (1, 2, 3)},
     "zero3-bf16-offload": {"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16},
     "zero0-apex": {"zero_optimization": {"stage": 0}},
+    "zero2-apex": {"zero_optimization": {"stage": 2}},
     "zero3-partitioned": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
 }
 
@@ -80,15 +81,16 @@ class ApexLike(torch.optim.Optimizer):
 
 
 ApexLike.__module__ = "apex.optimizers"
+# Before DeepSpeed is imported, which looks for apex then, and never again.
+for name in ("apex", "apex.optimizers", "amp_C"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules["apex"].optimizers = sys.modules["apex.optimizers"]
+sys.modules["apex.optimizers"].FusedAdam = ApexLike
 
 
 def make(ds: dict, apex: bool = False) -> object:
     with torch.device("meta"):
         module = Toy()
-    if apex:
-        sys.modules["apex"] = types.ModuleType("apex")
-        sys.modules["apex.optimizers"] = types.ModuleType("apex.optimizers")
-        sys.modules["apex.optimizers"].FusedAdam = ApexLike
     sizes = {"batch_size": 16, "micro_batch": 4, "fused": "apex" if apex else "torch"}
     adam = {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip_grad": 0.5, "layer_decay": 0.8}
     return init.initialize(module, first_value, ds, **sizes, **adam)
@@ -117,12 +119,12 @@ def snapshot(engine: object) -> dict[tuple[str, int, str], torch.Tensor]:
 
 def main() -> None:
     for name in sys.argv[1:] or CASES:
-        engine = make(CASES[name], apex=name == "zero0-apex")
+        engine = make(CASES[name], apex=name.endswith("apex"))
         head = steps(engine, 0, 3)
         taken, updates = snapshot(engine), state.optimizer_step(engine)
         rest, final = steps(engine, 3, 6), snapshot(engine)
         everything = {key: value for part in dist.gather(taken) for key, value in part.items()}
-        fresh = make(CASES[name], apex=name == "zero0-apex")
+        fresh = make(CASES[name], apex=name.endswith("apex"))
         state.write(fresh, lambda part, key, all_=everything: all_[part.name, part.start, key], updates)
         again, refinal = steps(fresh, 3, 6), snapshot(fresh)
         covered = {}

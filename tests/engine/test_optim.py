@@ -78,8 +78,10 @@ def test_set_lr_keeps_the_layers_scales() -> None:
 
 
 def test_apex_that_is_missing_is_named() -> None:
-    with pytest.raises(UserError, match=r"optim\.fused is apex, but NVIDIA's apex is not installed"):
+    with pytest.raises(UserError, match=r"optim\.fused is apex, but NVIDIA's apex .* is not installed"):
         adamw([], (0.9, 0.999), 1e-8, fused="apex")
+    with pytest.raises(UserError, match=r"optim\.fused is apex, but it counts updates wrongly at ZeRO 3"):
+        adamw([], (0.9, 0.999), 1e-8, stage=3, fused="apex")
 
 
 def test_a_rule_for_no_parameter_is_an_error() -> None:

@@ -24,6 +24,7 @@ CASES = [
     "zero3-bf16",
     "zero3-partitioned",
     "zero0-apex",
+    "zero2-apex",
 ]
 
 
