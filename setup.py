@@ -35,6 +35,7 @@ setup(
         "fairscale": ["fairscale>=0.4.13"],
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
+        "parquet": ["pyarrow>=14"],  # for `fdscale shards make` from Parquet files
         "demo": [
             "matplotlib>=3.8",
             "scikit-image>=0.25",
