@@ -80,7 +80,7 @@ def test_exact_views_differ_from_torchvisions_by_rounding_alone(interpolation, k
             assert view.is_contiguous()
             total.append(difference(view, theirs(image, number, 224, interpolation)).mean())
     assert np.mean(total) < 0.1
-    assert max(total) < 0.2  # where a side hardly changes its length
+    assert max(total) < 0.4  # where a side hardly changes its length
 
 
 def test_scaled_views_are_exact_ones_unless_the_crop_is_twice_the_view(photo):
