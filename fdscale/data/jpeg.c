@@ -434,6 +434,7 @@ int fdscale_jpeg_part(const struct library *lib, const unsigned char *data, size
     }
     struct decompress *c = &job.c;
     open_file(lib, &job, data, size);
+    int many = many_scans(c);
     c->out_color_space = RGB;
     c->scale_num = 1;
     c->scale_denom = denominator;
@@ -447,7 +448,7 @@ int fdscale_jpeg_part(const struct library *lib, const unsigned char *data, size
     unsigned x = left > margin ? left - margin : 0;
     unsigned end = c->out_width - left - width > margin ? left + width + margin : c->out_width, span = end - x;
     if (span < c->out_width) lib->crop(c, &x, &span);
-    if (!many_scans(c) && !c->arithmetic && !c->restart_interval) read_codes_here(&job, x, span);
+    if (!many && !c->arithmetic && !c->restart_interval) read_codes_here(&job, x, span);
     if (x > left || x + span < left + width || span > room) give_up(c);
 
     if (top > ROWS && lib->skip(c, top - ROWS) != top - ROWS) give_up(c);
@@ -459,7 +460,7 @@ int fdscale_jpeg_part(const struct library *lib, const unsigned char *data, size
             if (y + i >= top)
                 memcpy(out + (size_t)(y + i - top) * width * 3, rows[i] + (size_t)(left - x) * 3, (size_t)width * 3);
     }
-    int well = many_scans(c) || ends_well(&job);
+    int well = many || ends_well(&job);
     lib->destroy(c);
     free(rows[0]);
     return well ? OK : UNSURE;

@@ -51,13 +51,24 @@ class Head(NamedTuple):
     many_scans: bool
 
 
+class _Code(NamedTuple):
+    """jpeg.c, and the table of the library's functions that it calls."""
+
+    own: ctypes.CDLL
+    library: ctypes.Array
+
+    def part(self, data: bytes, denominator: int, box: tuple[int, int, int, int], out: np.ndarray) -> bool:
+        """Whether `out` now holds the pixels of the box (left, top, width, height)."""
+        return self.own.fdscale_jpeg_part(self.library, data, len(data), denominator, *box, out.ctypes.data) == 0
+
+
 def head(data: bytes) -> Head | None:
     """The size of a JPEG, if it is a plain one (grey or three colours, 8 bits) that `part` may decode; else None."""
     code = _loaded()[0]
     if code is None:
         return None
     out = (ctypes.c_int * 4)()
-    if code.fdscale_jpeg_head(code.library, data, len(data), out):
+    if code.own.fdscale_jpeg_head(code.library, data, len(data), out):
         return None
     return Head(out[0], out[1], out[2], bool(out[3]))
 
@@ -71,8 +82,7 @@ def part(data: bytes, denominator: int, left: int, top: int, width: int, height:
     if code is None:
         return None
     out = np.empty((height, width, 3), np.uint8)
-    where = (denominator, left, top, width, height)
-    return None if code.fdscale_jpeg_part(code.library, data, len(data), *where, out.ctypes.data) else out
+    return out if code.part(data, denominator, (left, top, width, height), out) else None
 
 
 def missing() -> str | None:
@@ -81,9 +91,9 @@ def missing() -> str | None:
 
 
 @functools.cache
-def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
+def _loaded() -> tuple[_Code | None, str | None]:
     try:
-        code = _declared(ctypes.CDLL(str(_compiled())))
+        code = _with_library(ctypes.CDLL(str(_compiled())))
         if not _agrees(code):
             return None, "the compiled part and Pillow decode a JPEG differently"
         return code, None
@@ -93,7 +103,7 @@ def _loaded() -> tuple[ctypes.CDLL | None, str | None]:
         return None, f"the compiled part cannot be loaded ({error})"
 
 
-def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
+def _with_library(own: ctypes.CDLL) -> _Code:
     from PIL import _imaging
 
     version = features.version("libjpeg_turbo") or "none"
@@ -104,11 +114,10 @@ def _declared(code: ctypes.CDLL) -> ctypes.CDLL:
         places = [ctypes.cast(getattr(pillow, name), ctypes.c_void_p).value for name in FUNCTIONS]
     except AttributeError as error:
         raise UserError(f"Pillow does not decode with a shared libjpeg-turbo ({error})") from None
-    code.library = (ctypes.c_void_p * len(FUNCTIONS))(*places)  # type: ignore[attr-defined]
     table, text, number = ctypes.c_void_p * len(FUNCTIONS), ctypes.c_char_p, ctypes.c_uint
-    code.fdscale_jpeg_head.argtypes = [table, text, ctypes.c_size_t, ctypes.c_int * 4]
-    code.fdscale_jpeg_part.argtypes = [table, text, ctypes.c_size_t, *[number] * 5, ctypes.c_void_p]
-    return code
+    own.fdscale_jpeg_head.argtypes = [table, text, ctypes.c_size_t, ctypes.c_int * 4]
+    own.fdscale_jpeg_part.argtypes = [table, text, ctypes.c_size_t, *[number] * 5, ctypes.c_void_p]
+    return _Code(own, table(*places))
 
 
 def _compiled() -> Path:
@@ -150,13 +159,12 @@ def _folder() -> Path:
     return folder
 
 
-def _agrees(code: ctypes.CDLL) -> bool:
+def _agrees(code: _Code) -> bool:
     """Whether it decodes part of a small image, chroma halved both ways, to the pixels Pillow finds there."""
     y, x = np.mgrid[0:61, 0:83]
     image = Image.fromarray(np.stack([3 * x, 4 * y, (x * y) % 256], 2).astype(np.uint8))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90, subsampling="4:2:0")
     data, out = buffer.getvalue(), np.empty((30, 41, 3), np.uint8)
-    if code.fdscale_jpeg_part(code.library, data, len(data), 1, 21, 17, 41, 30, out.ctypes.data):
-        return False
-    return np.array_equal(out, np.asarray(Image.open(io.BytesIO(data)))[17:47, 21:62])
+    same = code.part(data, 1, (21, 17, 41, 30), out)
+    return same and np.array_equal(out, np.asarray(Image.open(io.BytesIO(data)))[17:47, 21:62])

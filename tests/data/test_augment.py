@@ -80,31 +80,31 @@ def test_exact_views_differ_from_torchvisions_by_rounding_alone(interpolation, k
             assert view.is_contiguous()
             total.append(difference(view, theirs(image, number, 224, interpolation)).mean())
     assert np.mean(total) < 0.1
-    assert max(total) < 0.2  # where a side hardly changes its length
+    assert max(total) < 0.4  # where a side hardly changes its length
 
 
 def test_scaled_views_are_exact_ones_unless_the_crop_is_twice_the_view(photo):
     """Where it is, they are the same crop of the image that Pillow decodes at half, a quarter or an eighth."""
     image, shrunk = pixels_of(photo), set()
     for number in range(40):
-        view = train_view(photo, 5, number, 32, decoding="scaled")
+        view = train_view(photo, 5, number, 56, decoding="scaled")
         top, left, height, width = crop_box(*image.size, uniform(5, number), SCALE, RATIO)
-        factor = max(s for s in (1, 2, 4, 8) if s == 1 or min(height, width) >= 32 * s)
+        factor = max(s for s in (1, 2, 4, 8) if s == 1 or min(height, width) >= 56 * s)
         shrunk.add(factor)
         if factor == 1:
-            assert torch.equal(view, train_view(photo, 5, number, 32))
+            assert torch.equal(view, train_view(photo, 5, number, 56))
             continue
         small = Image.open(io.BytesIO(photo))
         small.draft("RGB", (image.width // factor, image.height // factor))
         assert small.size == (-(-image.width // factor), -(-image.height // factor))
         box = [round(edge / factor) for edge in (left, top, left + width, top + height)]
-        expected = F.pil_to_tensor(small.crop(box).resize((32, 32), Image.Resampling.BILINEAR))
+        expected = F.pil_to_tensor(small.crop(box).resize((56, 56), Image.Resampling.BILINEAR))
         expected = expected.flip(2) if uniform(5, number)[22] < 0.5 else expected
         assert difference(view, expected).max() <= 2  # rounding
-        assert difference(view, train_view(photo, 5, number, 32)).mean() < 8  # the same picture
+        assert difference(view, train_view(photo, 5, number, 56)).mean() < 8  # the same picture
     assert shrunk == {1, 2, 4}
     png = encoded(image)
-    assert torch.equal(train_view(png, 5, 1, 32, decoding="scaled"), train_view(png, 5, 1, 32))
+    assert torch.equal(train_view(png, 5, 1, 56, decoding="scaled"), train_view(png, 5, 1, 56))
 
 
 @pytest.mark.parametrize("decoding", ["exact", "scaled", "pillow"])

@@ -235,6 +235,7 @@ def said(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
+@pytest.mark.slow
 def test_it_is_compiled_once_also_by_processes_that_race(tmp_path):
     processes = [start(tmp_path) for _ in range(4)]
     assert [said(process) for process in processes] == ["None"] * 4
@@ -267,6 +268,7 @@ print(jpeg.missing() or "in use", "|", pixels.hexdigest())
 """
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_pixels_are_the_same(tmp_path):
     with_it = said(start(tmp_path / "a", SAME)).split(" | ")
     without = said(start(tmp_path / "b", SAME, CC="", PATH="")).split(" | ")

@@ -1,0 +1,65 @@
+"""`fdscale bench data` runs and reports what it says; how fast anything is, no test asserts."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from helpers import run_cli
+from PIL import Image
+
+from fdscale.bench.data import in_turns, photographs, ratio
+
+DECODE = {"PIL + torchvision", "exact", "scaled", "pillow"}
+
+
+@pytest.mark.slow
+def test_bench_data_measures_every_table(tmp_path: Path) -> None:
+    done = run_cli("bench", "data", "--quick", "--json", tmp_path / "data.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "data.json").read_text())
+    assert result["rounds"] == 1
+    assert result["machine"]["torch"]
+    assert result["decode"]
+    measured = [(of, DECODE) for of in result["decode"].values()]
+    assert set(result["loader"]) == {"1", "2"}
+    measured += [(of, {"webdataset", "fdscale"}) for of in result["loader"].values()]
+    measured += [(result["workers"], {"processes", "threads"}), (result["index"], {"tarfile", "fdscale"})]
+    for of, ways in measured:
+        assert set(of["seconds"]) == {"wall", "cpu"}
+        for taken in of["seconds"].values():
+            assert set(taken) == ways
+            assert all(len(rounds) == 1 and rounds[0] >= 0 for rounds in taken.values())
+        for name in ways:
+            assert f"\n| {name} | " in done.stdout
+    assert done.stdout.count("| way | ") == len(measured)
+
+
+def test_photographs_are_jpegs_of_about_the_size_asked_for() -> None:
+    files = photographs(6, 120, 90)
+    assert len(set(files)) == 6
+    for data in files:
+        image = Image.open(io.BytesIO(data))
+        assert image.format == "JPEG"
+        assert 114 <= image.width <= 126
+        assert 85 <= image.height <= 95
+    assert files == photographs(6, 120, 90)
+
+
+def test_ways_take_turns_and_the_warm_up_does_not_count() -> None:
+    called: list[str] = []
+    ways = {name: (lambda name=name: called.append(name)) for name in "abc"}
+    seconds = in_turns(ways, 5)
+    assert len(called) == 18
+    assert all(set(called[i : i + 3]) == {"a", "b", "c"} for i in range(0, 18, 3))
+    assert len({"".join(called[i : i + 3]) for i in range(0, 18, 3)}) > 1
+    assert all(len(taken) == 5 for of in seconds.values() for taken in of.values())
+    assert in_turns({"a": lambda: 7.0}, 2)["wall"]["a"] == [7.0, 7.0]
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    seconds = {"slow": [2.0, 30.0, 4.0], "fast": [1.0, 10.0, 1.0]}
+    assert ratio(seconds, "slow", "fast") == "3.00 (2.50 .. 3.50)"
+    assert ratio({"slow": [3.0], "fast": [2.0]}, "slow", "fast") == "1.50"
