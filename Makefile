@@ -37,8 +37,10 @@ format: $(STAMP) ## rewrite into the project's style
 	$(BIN)/ruff format fdscale tests setup.py
 	$(BIN)/ruff check --fix fdscale tests setup.py
 
-bench: $(STAMP) ## measure a training step against timm in a plain loop
-	$(BIN)/python -m fdscale.bench.step
+bench: $(STAMP) ## measure data loading and a training step against what else there is
+	$(BIN)/fdscale bench data
+	$(BIN)/fdscale bench shuffle
+	$(BIN)/fdscale bench step
 
 docs: $(STAMP) ## check that links and commands in the documents hold
 	$(BIN)/python -m pytest tests/test_docs.py

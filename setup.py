@@ -15,7 +15,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["fdscale", "fdscale.*"]),
-    package_data={"fdscale": ["recipes/*.yaml", "py.typed"]},
+    package_data={"fdscale": ["recipes/*.yaml", "data/*.c", "py.typed"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",
@@ -36,6 +36,7 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
         "parquet": ["pyarrow>=14"],  # for `fdscale shards make` from Parquet files
+        "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # http, https and pipe need nothing; gs:// needs gcsfs
         "demo": [
             "matplotlib>=3.8",
             "scikit-image>=0.25",
@@ -44,7 +45,15 @@ setup(
             "foolbox==3.3.4",  # for its photographs, as the next
             "sporco==0.2.2.post1",
         ],
-        "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.11", "types-PyYAML", "pre-commit>=3.7"],
+        "dev": [
+            "pytest>=8.0",
+            "hypothesis>=6.100",
+            "ruff>=0.8",
+            "mypy>=1.11",
+            "types-PyYAML",
+            "pre-commit>=3.7",
+            "moto[server]>=5.0",  # an S3 server for the tests of remote shards
+        ],
     },
     entry_points={"console_scripts": ["fdscale=fdscale.cli:main"]},
     classifiers=[

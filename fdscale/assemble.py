@@ -281,6 +281,7 @@ def _training_samples(parts: Parts) -> Samples:
         ratio=data.ratio,
         interpolation=data.interpolation,
         flip=data.flip,
+        decoding=data.decode,
     )
     return Samples(parts.index, parts.order, view)
 
@@ -290,7 +291,7 @@ def heldout_stream(parts: Parts, index: Index) -> Iterator[dict[str, Any]]:
     data = parts.settings.data
     return evaluation_batches(
         index,
-        functools.partial(eval_view, size=data.image_size, interpolation=data.interpolation),
+        functools.partial(eval_view, size=data.image_size, interpolation=data.interpolation, decoding=data.decode),
         limit=data.heldout_samples,
         micro_batch=parts.settings.memory.micro_batch,
         rank=dist.rank(),

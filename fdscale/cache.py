@@ -14,6 +14,7 @@ import signal
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -25,7 +26,7 @@ from fdscale import UserError, config, dist
 from fdscale.assemble import Parts, assemble, cache_plan, learnt_tokens, numbered_stream, to_device
 from fdscale.data import feature_files
 from fdscale.data.features import HEADER, Plan, encode, is_whole, written
-from fdscale.run import STOP_SIGNALS
+from fdscale.run import STOP_SIGNALS, Losses, too_many
 
 DONE, STOPPED = 0, 75  # exit codes, see docs/running.md
 SPARE = 2**28  # bytes left free on the disk, for the names and small files
@@ -66,7 +67,7 @@ def cache(settings: config.Config, out: str, *, repair: bool = False) -> int:
             there -= _discard_damaged(out, plan, [file for file in mine if file in there], console)
         parts.teacher.to(dist.device())
         with contextlib.suppress(_Stopped):
-            _write(parts, plan, out, [file for file in mine if file not in there], stopped, advance)
+            _write(parts, plan, out, [file for file in mine if file not in there], stopped, advance, console)
     if feature_files.finish(out, plan):
         console.print(f"{out} is whole: features of {plan.span} samples", markup=False)
         return DONE
@@ -133,7 +134,9 @@ def _discard_damaged(out: str, plan: Plan, files: list[int], console: Console) -
     return damaged
 
 
-def _write(parts: Parts, plan: Plan, out: str, files: list[int], stopped: list[str], advance: Advance) -> None:
+def _write(
+    parts: Parts, plan: Plan, out: str, files: list[int], stopped: list[str], advance: Advance, console: Console
+) -> None:
     """Write these files; raises _Stopped on a signal.
 
     A micro-batch holds consecutive numbers, and the last one of all is filled up from number 0 on, so that the teacher
@@ -141,7 +144,8 @@ def _write(parts: Parts, plan: Plan, out: str, files: list[int], stopped: list[s
     """
     size = plan.micro_batch
     chosen = (list(range(first, first + size)) for file in files for first in plan.numbers(file)[::size])
-    computed = _ahead(_computed(parts, plan, chosen))
+    losses = Losses(Path(out), console)
+    computed = _ahead(_computed(parts, plan, chosen, losses))
 
     def records(file: int) -> Iterator[np.ndarray]:
         for first in plan.numbers(file)[::size]:
@@ -157,13 +161,25 @@ def _write(parts: Parts, plan: Plan, out: str, files: list[int], stopped: list[s
             advance(0, len(written(out, plan)))
     finally:
         computed.close()
+        losses.close()
 
 
-def _computed(parts: Parts, plan: Plan, chosen: Iterable[list[int]]) -> Generator[tuple[Any, ...], None, None]:
+def _computed(
+    parts: Parts, plan: Plan, chosen: Iterable[list[int]], losses: Losses
+) -> Generator[tuple[Any, ...], None, None]:
     """Numbers, views, values and scales of each micro-batch, on the CPU."""
     stream = numbered_stream(parts, chosen)
+    lost, seen, budget = 0, 0, parts.settings.data.lost_budget
     try:
         for batch in stream:
+            losses.add(batch["replaced"])
+            lost, seen = lost + len(batch["replaced"]), seen + len(batch["numbers"])
+            if too_many(lost, seen, budget):
+                raise UserError(
+                    f"{lost} of {seen} samples could not be had and were replaced, more than data.lost_budget "
+                    f"{budget:g} allows: they are listed in lost-{dist.rank()}.log of the cache; repair them, or set a "
+                    "larger budget"
+                )
             tokens = learnt_tokens(to_device(batch["images"]), parts.teacher, parts.pairing)
             values, scale = encode(tokens, plan.stored)
             finite = tokens.isfinite().all(-1).all(-1).cpu()

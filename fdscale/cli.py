@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _recipes(verbs)
     _doctor(verbs)
     _shards(verbs)
+    _bench(verbs)
     return top
 
 
@@ -228,6 +229,30 @@ def _shards_reshard(kinds: argparse._SubParsersAction) -> None:
     sub.add_argument("--prefix-keys", action="store_true", help="put the name of the old shard before each key")
     sub.add_argument("--out-index", metavar="DIR", help="directory of the new index (default: OUT/index)")
     _common(sub)
+
+
+def _bench(verbs: argparse._SubParsersAction) -> None:
+    bench = verbs.add_parser("bench", help="measure against what else there is, side by side")
+    tables = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
+    rounds = "rounds in which all ways take turns (default: 12)"
+    to = "also write every measured time as JSON"
+
+    text = "measure decoding, the whole loader and indexing"
+    sub = _verb(tables, "data", "fdscale.bench.data:main", text, "fdscale bench data --json data.json")
+    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
+    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
+    text = "measure how well batches are mixed"
+    sub = _verb(tables, "shuffle", "fdscale.bench.shuffle:main", text, "fdscale bench shuffle --json shuffle.json")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
+    text = "measure a training step against timm in a plain loop"
+    sub = _verb(tables, "step", "fdscale.bench.step:main", text, "fdscale bench step --json step.json")
+    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
+    sub.add_argument("--batch", type=int, default=8, metavar="N", help="images in a batch (default: 8)")
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    sub.add_argument("--json", metavar="FILE", help=to)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

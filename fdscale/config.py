@@ -105,6 +105,12 @@ class Data:
         "bilinear", "resize filter; the official distillation uses bilinear", choices=("bilinear", "bicubic")
     )
     flip: float = option(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
+    decode: str = option(
+        "exact",
+        "exact: every pixel as Pillow decodes it; scaled: large JPEGs at a fraction of their size where the view is at "
+        "most half the crop; pillow: Pillow's own crop and resize (slow)",
+        choices=("exact", "scaled", "pillow"),
+    )
     workers: int = option(4, "decoding processes per rank; 0: in the training process", low=0, neutral=True)
     prefetch: int = option(2, "micro-batches each worker prepares ahead", low=1, neutral=True)
     shard_cache: str | None = option(

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fdscale import UserError, config
@@ -201,7 +200,7 @@ def draw(settings: config.Config, out: Path) -> None:
     files = {path.stem: path for path in (out / "photos").glob("*/*")}
     photos, maps = [], []
     for name in SHOWN:
-        image = eval_view(Image.open(files[name]).convert("RGB"), PICTURE_SIZE, crop_ratio=1.0).float()[None] / 255
+        image = eval_view(files[name].read_bytes(), PICTURE_SIZE, crop_ratio=1.0).float()[None] / 255
         photos.append(image[0].permute(1, 2, 0).numpy())
         with torch.no_grad():
             guesses = [model.predict(normalise(image, torch.float32)) for model in (before, after)]

@@ -24,6 +24,7 @@ from fdscale.assemble import (
     training_target,
     work_per_image,
 )
+from fdscale.data import jpeg
 from fdscale.data.index import open_index
 from fdscale.engine import checkpoint
 from fdscale.engine.initialize import bf16, initialize, read_ds_config
@@ -196,6 +197,8 @@ def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, las
         run.say(f"the teacher's features come from {parts.cached.folder}; it does not run")
     if parts.order.span is not None:
         run.say(f"samples and augmentation repeat after {parts.order.span} samples (cache.epochs)")
+    if parts.settings.data.decode != "pillow" and (missing := jpeg.missing()):
+        run.say(f"JPEGs are decoded by Pillow alone, which takes about twice as long: {missing}", "yellow")
     if start is not None:
         run.say(f"resumed from {start}: step {state.step}, sample {state.samples}")
     if state.step >= last:

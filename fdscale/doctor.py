@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from fdscale.data import jpeg
 from fdscale.engine.initialize import prepare_environment
 
 APEX = (
@@ -54,6 +55,7 @@ def examine() -> list[Finding]:
         *(_package(name) for name in ("torch", "torchvision", "deepspeed", "timm", "webdataset")),
         _device(),
         prepared,
+        _jpeg(),
         *_optional(),
     ]
 
@@ -92,6 +94,13 @@ def _prepared() -> Finding:
         "build tools",
         f"{compiler or 'no compiler; one is needed only for optimizer offload'}, {ninja}",
     )
+
+
+def _jpeg() -> Finding:
+    missing = jpeg.missing()
+    if missing is None:
+        return Finding("ok", "JPEG decoder", "compiled part over Pillow's libjpeg-turbo: about three times as fast")
+    return Finding("optional", "JPEG decoder", f"Pillow alone: the same pixels, but slower; {missing}")
 
 
 def _optional() -> list[Finding]:

@@ -51,7 +51,7 @@ class Run:
         self._signal: str | None = None
         self._agreement = dist.Agreement(3)
         self._seen = 0  # samples trained on since this start, over all ranks
-        self._losses = _Losses(self)
+        self._losses = Losses(self.directory, self.console)
         self._nonfinite = False
         self._previous: dict[int, Any] = {}
         self._sinks: list[Any] = []
@@ -137,15 +137,14 @@ class Run:
         stop, nonfinite, lost = self._agreement.exchange(self._signal is not None, self._nonfinite, lost)
         self.diverged |= nonfinite > 0
         self.lost += lost
-        self.over_budget = self.lost > self.settings.data.lost_budget * max(self._seen, LOST_OVER_AT_LEAST)
+        self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if stop:
             self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
         return bool(stop or nonfinite or self.over_budget)
 
     def report_lost(self, replaced: list[Any]) -> None:
         """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""
-        if replaced:
-            self._losses.add(replaced)
+        self._losses.add(replaced)
 
     # -- logging -------------------------------------------------------------------------------------------------------
     # --------------
@@ -198,17 +197,18 @@ class Run:
             )
 
 
-class _Losses:
-    """This rank's list of replaced samples, and how loudly each is told."""
+class Losses:
+    """This rank's list of replaced samples, lost-RANK.log of a directory, and how loudly each is told."""
 
-    def __init__(self, run: Run):
-        self._run = run
+    def __init__(self, directory: Path, console: Console):
+        self._directory, self._console = directory, console
         self._file: Any = None
         self._told, self._quiet, self._untold, self._new = 0, 0.0, 0, 0
 
     def add(self, replaced: list[Any]) -> None:
-        if self._file is None:
-            self._file = (self._run.directory / f"lost-{dist.rank()}.log").open("a", buffering=1)
+        """List and count these `data.lost.Replaced`."""
+        if replaced and self._file is None:
+            self._file = (self._directory / f"lost-{dist.rank()}.log").open("a", buffering=1)
         for one in replaced:
             self._file.write("\t".join(str(field) for field in one) + "\n")
             self._tell(one)
@@ -221,7 +221,7 @@ class _Losses:
             self._untold += 1
             return
         more = f" (and {self._untold} since the last line, all in {self._file.name})" if self._untold else ""
-        self._run.console.print(f"lost: {one}{more}", style="yellow", soft_wrap=True, markup=False)
+        self._console.print(f"lost: {one}{more}", style="yellow", soft_wrap=True, markup=False)
         self._told, self._quiet, self._untold = self._told + 1, now + LOST_QUIET_S, 0
 
     def take(self) -> int:
@@ -230,8 +230,14 @@ class _Losses:
         return new
 
     def close(self) -> None:
+        """End the list."""
         if self._file is not None:
             self._file.close()
+
+
+def too_many(lost: int, seen: int, budget: float) -> bool:
+    """Whether so many of the samples seen since the start were lost that a run must stop."""
+    return lost > budget * max(seen, LOST_OVER_AT_LEAST)
 
 
 class _JsonLines:

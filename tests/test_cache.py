@@ -95,7 +95,10 @@ def targets(parts: Parts, stop: int) -> Tensor:
 def test_replay_is_the_live_run_to_the_last_bit(
     tiny: Callable[..., list[str]], cached: Path, shards: Path, tmp_path: Path
 ) -> None:
-    """Losses, gradients, held-out losses and weights; also half live and half replayed, on a resumed run."""
+    """Losses, gradients, held-out losses and weights; also half live and half replayed, on a resumed run.
+
+    Rounded to 8 bits, the target moves the losses of six steps little.
+    """
     live, replayed, mixed = tmp_path / "live", tmp_path / "replayed", tmp_path / "mixed"
     features, heldout = f"cache.features={cached}", f"data.heldout_shards={shards}"
     assert run_cli(*tiny(live, *RUN, heldout)).returncode == 0
@@ -111,6 +114,13 @@ def test_replay_is_the_live_run_to_the_last_bit(
 
     assert run_cli(*tiny(mixed, *RUN, heldout, options=("--steps", "3"))).returncode == 0
     assert run_cli(*tiny(mixed, *RUN, heldout, features)).returncode == 0
+    rounded = tmp_path / "rounded"
+    assert run_cli(*tiny(rounded, *RUN, heldout, "cache.dtype=float8")).returncode == 0
+    for one, other in zip(metrics(live), metrics(rounded), strict=True):
+        for key in {"loss", "heldout_loss"} & one.keys():
+            assert other[key] == pytest.approx(one[key], rel=1e-3)
+    assert metrics(rounded) != metrics(live)
+
     a, b, c = (weights(run, 6) for run in (live, replayed, mixed))
     assert a.keys() == b.keys() == c.keys()
     assert all(torch.equal(a[name], b[name]) and torch.equal(a[name], c[name]) for name in a)
@@ -140,7 +150,7 @@ def test_targets_are_those_of_the_live_teacher(
 ) -> None:
     """Bit for bit in every dtype, since the live teacher is rounded likewise; and near the unrounded ones.
 
-    The bounds are twice what was measured; a loss of one between unrelated tokens gives them a scale.
+    The bounds on the target's relative error are twice what was measured, those on the loss three to five times.
     """
     kept = settings(f"cache.dtype={dtype}", *more)
     assert write_cache(kept, str(tmp_path / "features")) == DONE
@@ -151,10 +161,10 @@ def test_targets_are_those_of_the_live_teacher(
     assert torch.equal(target, targets(assemble(kept, 1), stop))
     exact = targets(assemble(settings(*more), 1), stop)
     error = ((target - exact).norm() / exact.norm()).item()
-    assert error <= {"same": 0.0, "bfloat16": 4e-3, "int8": 1.4e-2, "float8": 5.5e-2}[dtype]
+    assert error <= {"same": 0.0, "bfloat16": 3e-3, "int8": 1.2e-2, "float8": 4.4e-2}[dtype]
     guess = exact.roll(1, 0)  # of other images: as wrong as an untrained student
     loss, true_loss = feature_loss(guess, target).item(), feature_loss(guess, exact).item()
-    assert loss == pytest.approx(true_loss, rel={"same": 0, "bfloat16": 1e-4, "int8": 2e-3, "float8": 1e-2}[dtype])
+    assert loss == pytest.approx(true_loss, rel={"same": 0, "bfloat16": 2e-5, "int8": 1e-4, "float8": 5e-4}[dtype])
 
 
 def test_without_epochs_the_section_does_nothing(shards: Path) -> None:

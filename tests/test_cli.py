@@ -34,6 +34,9 @@ def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str])
         ["shards", "verify"],
         ["shards", "stats"],
         ["shards", "reshard"],
+        ["bench", "data"],
+        ["bench", "shuffle"],
+        ["bench", "step"],
     ):
         with pytest.raises(SystemExit) as stopped:
             cli.main([*words, "--help"])
@@ -52,6 +55,7 @@ def test_doctor_and_recipes_speak_json(capsys: pytest.CaptureFixture[str]) -> No
     assert cli.main(["doctor", "--json"]) == 0
     findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert findings["torch"]["state"] == "ok"
+    assert findings["JPEG decoder"]["state"] in ("ok", "optional")
     assert "github.com/NVIDIA/apex" in findings["apex"]["detail"] or findings["apex"]["state"] == "ok"
     assert cli.main(["recipes", "--json"]) == 0
     assert {row["recipe"] for row in json.loads(capsys.readouterr().out)} >= {"demo", "swinv2_g"}

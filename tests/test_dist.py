@@ -8,7 +8,10 @@ import torch.multiprocessing as mp
 
 from fdscale import UserError, dist
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID", "SLURM_PROCID")
+VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_TASKS_PER_NODE"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +35,22 @@ def test_torchrun_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (dist.rank(), dist.world(), dist.local_rank()) == (5, 8, 1)
     with pytest.raises(UserError, match="MASTER_ADDR, MASTER_PORT is not: start with torchrun or srun"):
         dist.init()
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [
+        ({}, 1),
+        ({"RANK": "5", "WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, 8),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, 1),
+        ({"RANK": "5", "WORLD_SIZE": "16", "SLURM_STEP_ID": "0", "SLURM_STEP_TASKS_PER_NODE": "4(x4)"}, 4),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x4)"}, 1),  # a batch script, which is one process
+    ],
+)
+def test_processes_of_a_node(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], count: int) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert dist.local_world() == count
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def commands(text: str) -> list[str]:
     for line in [*lines, *spans]:
         line = line.split("  #")[0].strip()
         match = re.search(
-            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|cache|export|recipes|doctor|shards)\b.*)", line
+            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|cache|export|recipes|doctor|shards|bench)\b.*)", line
         )
         if match:
             found.append(match.group(1))
@@ -52,7 +52,7 @@ def test_commands_parse(page: Path) -> None:
         words = [
             word for word in shlex.split(command) if word not in ("...", "[--set", "[--ds", "[--steps", "[--resume")
         ]
-        if "RECIPE" in words or "[" in command:
+        if "RECIPE" in words or "[" in command or words == ["cache"]:
             continue  # a synopsis
         if words[0] == "distill" and "--run" not in words:
             words += ["--run", "x"]

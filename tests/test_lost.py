@@ -77,3 +77,30 @@ def test_heldout_losses_have_no_weight(tiny: Callable[..., list[str]], damaged: 
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [record["heldout_samples"] for record in records if "heldout_loss" in record] == [10, 10]
     assert len(lost(run, 1)) == 2
+
+
+def test_a_feature_cache_of_damaged_shards_names_them_and_replays_what_the_live_teacher_sees(
+    tiny: Callable[..., list[str]], damaged: Path, tmp_path: Path
+) -> None:
+    where = (f"data.shards={damaged}", "cache.epochs=2", "data.lost_budget=0.01", "schedule.steps=4")
+    out = tmp_path / "features"
+    words = tiny(out, *where)
+    assert words[2] == "--run"
+    made = run_cli("cache", "demo", "--out", out, *words[4:])
+    assert made.returncode == 0, made.stderr
+    assert "lost: shard-000001.tar: sample '" in made.stderr
+    assert len(lost(out, 1)) == 4  # two samples, two epochs
+    for run, more in (("live", ()), ("replayed", (f"cache.features={out}",))):
+        done = run_cli(*tiny(tmp_path / run, *where, *more))
+        assert done.returncode == 0, done.stderr
+    live, replayed = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("live", "replayed")
+    )
+    for one, other in zip(live, replayed, strict=True):
+        assert all(one[key] == other[key] for key in ("step", "loss", "grad_norm", "lost") if key in one)
+    assert lost(tmp_path / "live", 1) == lost(tmp_path / "replayed", 1) != []
+    strict = run_cli("cache", "demo", "--out", tmp_path / "none", *words[4:], "--set", "data.lost_budget=0")
+    assert strict.returncode == 2
+    assert "more than data.lost_budget 0 allows" in strict.stderr
+    assert "Traceback" not in strict.stderr

@@ -1,6 +1,6 @@
 """How well a global batch is mixed: fdscale's order of samples, against webdataset's shuffle buffer.
 
-    python -m fdscale.bench.shuffle --json shuffle.json
+    fdscale bench shuffle --json shuffle.json
 
 Nothing is read: the orders are asked which samples make up a batch. The sets are as large as ImageNet-22K and LAION-2B,
 packed class by class: the worst case, and what packing without shuffling gives. webdataset does what its documentation
@@ -10,13 +10,12 @@ buffer, here of 1000 and of 5000.
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
+from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,15 +48,12 @@ SETS = (Set("ImageNet-22K", 1420, 21841), Set("LAION-2B", 200_000, 100_000))
 MACHINE = Machine(batch=4096, ranks=8, workers=4)
 
 
-def main() -> int:
-    """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m fdscale.bench.shuffle", description="How well batches are mixed.")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def main(json: str | None) -> int:
+    """`fdscale bench shuffle`: measure, print, and write JSON."""
     result = {one.name: measure(one, MACHINE) for one in SETS}
     print_tables(result, MACHINE)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if json:
+        Path(json).write_text(dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -135,7 +131,3 @@ def print_tables(result: dict[str, Any], machine: Machine) -> None:
             print(f"| {name} | {row['shards']:.0f} | {row['classes']:.0f} | {row['most_of_one_class']:.0f} |")
         seconds = f"{found['ms_per_batch']:.1f} ms per batch; first batch at sample 10^9 after {found['seek_s']:.2f} s"
         print(f"\nfdscale: {seconds}.\n")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

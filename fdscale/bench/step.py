@@ -1,6 +1,6 @@
 """One distillation step of SwinV2-T, against timm's swinv2_tiny in a plain PyTorch loop.
 
-    python -m fdscale.bench.step --rounds 12 --json step.json
+    fdscale bench step --rounds 12 --json step.json
 
 Three ways of doing the same step (same images, teacher, projector, loss, AdamW, float32, batch) take turns within one
 process, so that whatever else the machine does hits all alike; reported are medians, and the median and quartiles of
@@ -17,8 +17,7 @@ narrow.
 
 from __future__ import annotations
 
-import argparse
-import json
+import json as json_module
 import os
 import random
 import statistics
@@ -75,25 +74,14 @@ class TimmDistiller(nn.Module):
         return feature_loss(self.projector(self.backbone.forward_features(images).flatten(1, 2)), target)
 
 
-def main() -> int:
+def main(rounds: int, batch: int, threads: int | None, json: str | None) -> int:
     """Measure, print, and write JSON."""
-    parser = argparse.ArgumentParser(prog="python -m fdscale.bench.step", description="Step time against timm.")
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    result = measure(arguments.rounds, arguments.batch)
-    result |= {
-        "batch": arguments.batch,
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-        "torch": torch.__version__,
-    }
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    result = measure(rounds, batch)
+    result |= {"batch": batch, "threads": torch.get_num_threads(), "rounds": rounds, "torch": torch.__version__}
     print_table(result)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if json:
+        Path(json).write_text(json_module.dumps(result, indent=1) + "\n")
     return 0
 
 
@@ -257,7 +245,3 @@ def print_table(result: dict[str, Any]) -> None:
         f"\nThe framework adds {1e3 * added['median']:.1f} ms ({quartiles}) to a step of a narrow network with as many"
     )
     print(f"parameter tensors: {added['median'] / full_s:.2%} of the SwinV2-T step of {full_s:.2f} s.")
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,54 +1,36 @@
-"""Bytes of an image file -> RGB image -> the view of it that a network sees, a pure function of (seed, number).
+"""Bytes of an image file -> the view of it that a network sees, a pure function of (seed, number).
 
-Decoding follows what ImageNet pipelines do (torchvision's and timm's `Image.open(...).convert("RGB")`), so that
-results compare: EXIF orientation and colour profiles are ignored, an alpha channel is dropped and the colour below it
-shows, CMYK is converted by Pillow's plain formula. 16-bit grey, which that call clips to white, keeps its upper 8 bits.
+Three ways to decode and resize, which give slightly different pixels:
+
+    exact    decode only what is cropped (decode.py), every pixel as Pillow decodes it; torch's antialiased resize,
+             which differs from Pillow's by less than 0.1 of 255 on average
+    scaled   the same, but where the part is at least twice the view a JPEG is decoded at half its size, or less
+    pillow   decode the whole image, crop and resize by Pillow, as torchvision and timm do on PIL images
 
 Letters: S side of a view in pixels; images are (3, S, S) uint8 RGB.
 """
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 from fdscale import UserError
+from fdscale.data.decode import MOST_PIXELS, SHRINKS, Picture, decode
 from fdscale.data.lost import Lost
 from fdscale.data.order import philox
 
-# Only formats decoded inside Pillow: others start programs (EPS) or serve no purpose here.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MOST_PIXELS = 89_478_485  # 256 MiB as RGB: Pillow's own bound (PIL.Image.MAX_IMAGE_PIXELS)
 TRIES = 10  # torchvision.transforms.RandomResizedCrop.get_params
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image.Image:
-    """The RGB image in a file's bytes. Raises Lost if it is damaged, cut short, too large or of no known kind."""
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > most_pixels:
-            raise Lost(
-                f"the image has {image.width} x {image.height} pixels, more than the {most_pixels} allowed "
-                "(a guard against files that fill the memory); make it smaller or leave it out"
-            )
-        image.load()
-        return _to_rgb(image)
-    except UserError:
-        raise
-    except Image.UnidentifiedImageError:
-        raise Lost(f"the {len(data)} bytes are no {', '.join(FORMATS)} image") from None
-    except Exception as error:  # Pillow's readers raise whatever their parsing trips over
-        raise Lost(f"the image cannot be decoded ({type(error).__name__}: {error})") from None
-
-
 def train_view(
-    image: Image.Image,
+    data: bytes,
     seed: int,
     number: int,
     size: int,
@@ -56,36 +38,86 @@ def train_view(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     interpolation: str = "bilinear",
     flip: float = 0.5,
+    decoding: str = "exact",
 ) -> Tensor:
-    """A random part of an RGB image, resized to (3, size, size) uint8, mirrored with probability `flip`.
+    """A random part of the image in a file's bytes, (3, size, size) uint8, mirrored with probability `flip`.
 
     seed: 0..2**63-1. number: of the sample, so that each epoch draws anew. scale: share of the image's area. ratio:
-    width to height. The law is that of torchvision.transforms.RandomResizedCrop and RandomHorizontalFlip.
+    width to height. The law is that of torchvision.transforms.RandomResizedCrop and RandomHorizontalFlip. decoding:
+    see the top of this file. Raises Lost if the image cannot be decoded.
     """
     draws = uniform(seed, number)
-    top, left, height, width = crop_box(image.width, image.height, draws, scale, ratio)
-    part = image.crop((left, top, left + width, top + height))
-    view = to_tensor(part.resize((size, size), RESAMPLING[interpolation]))
-    return view.flip(2) if draws[2 * TRIES + 2] < flip else view
+    mirrored = draws[2 * TRIES + 2] < flip
+    if decoding == "pillow":
+        image = decode(data)
+        top, left, height, width = crop_box(image.width, image.height, draws, scale, ratio)
+        part = image.crop((left, top, left + width, top + height))
+        view = torch.from_numpy(np.array(part.resize((size, size), RESAMPLING[interpolation])))
+        return _planar(view, mirrored)
+    picture = Picture(data)
+    top, left, height, width = crop_box(picture.width, picture.height, draws, scale, ratio)
+    shrink = _shrink(picture, min(height, width), size) if decoding == "scaled" else 1
+    if shrink > 1:  # the edges of the box, rounded to whole pixels of the smaller image
+        bottom, right = round((top + height) / shrink), round((left + width) / shrink)
+        top, left = round(top / shrink), round(left / shrink)
+        height, width = bottom - top, right - left
+    return _planar(_resize(picture.part(top, left, height, width, shrink), size, size, interpolation), mirrored)
 
 
-def eval_view(image: Image.Image, size: int, crop_ratio: float = 0.875, interpolation: str = "bilinear") -> Tensor:
-    """The centre of an RGB image as (3, size, size) uint8: its short side is resized to size / crop_ratio, rounded
-    down.
+def eval_view(
+    data: bytes,
+    size: int,
+    crop_ratio: float = 0.875,
+    interpolation: str = "bilinear",
+    decoding: str = "exact",
+) -> Tensor:
+    """The centre of the image in a file's bytes, (3, size, size) uint8: its short side is resized to size / crop_ratio,
+    rounded down.
 
-    Rounding as in torchvision's Resize and CenterCrop. crop_ratio: over 0, at most 1.
+    Rounding as in torchvision's Resize and CenterCrop. crop_ratio: over 0, at most 1. decoding: see the top of this
+    file. Raises Lost if the image cannot be decoded, or is so elongated that it would fill the memory.
     """
     if not 0 < crop_ratio <= 1:
         raise UserError(f"crop_ratio is {crop_ratio}, expected a number over 0 and at most 1")
     short = math.floor(size / crop_ratio)
-    width, height = image.size
+    source = decode(data) if decoding == "pillow" else Picture(data)
+    width, height = source.width, source.height
     if width <= height:
         width, height = short, int(short * height / width)
     else:
         width, height = int(short * width / height), short
+    if width * height > MOST_PIXELS:
+        raise Lost(
+            f"the image has {source.width} x {source.height} pixels: with a short side of {short} pixels it would have "
+            f"{width} x {height}, more than the {MOST_PIXELS} allowed; crop it or leave it out"
+        )
     left, top = round((width - size) / 2), round((height - size) / 2)
-    image = image.resize((width, height), RESAMPLING[interpolation])
-    return to_tensor(image.crop((left, top, left + size, top + size)))
+    if isinstance(source, Picture):
+        shrink = _shrink(source, min(source.width, source.height), short) if decoding == "scaled" else 1
+        whole = source.part(0, 0, -(-source.height // shrink), -(-source.width // shrink), shrink)
+        view = _resize(whole, height, width, interpolation)[top : top + size, left : left + size]
+    else:
+        image = source.resize((width, height), RESAMPLING[interpolation])
+        view = torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))
+    return _planar(view, mirrored=False)
+
+
+def _shrink(picture: Picture, side: int, wanted: int) -> int:
+    """By how much an image may be decoded smaller, if `side` pixels of it are to become `wanted`."""
+    fitting = (shrink for shrink in SHRINKS if picture.shrinks and side >= shrink * wanted)
+    return next(fitting, 1)
+
+
+def _resize(pixels: Tensor, height: int, width: int, interpolation: str) -> Tensor:
+    """(h, w, 3) uint8 -> (height, width, 3) uint8, antialiased as Pillow does it."""
+    planes = pixels[None].permute(0, 3, 1, 2)  # channels last in memory, for which torch has its fastest loop
+    return functional.interpolate(planes, (height, width), mode=interpolation, antialias=True)[0].permute(1, 2, 0)
+
+
+def _planar(view: Tensor, mirrored: bool) -> Tensor:
+    """(S, S, 3) -> (3, S, S), contiguous; numpy copies this pattern twice as fast as torch."""
+    pixels = view.numpy()[:, ::-1] if mirrored else view.numpy()
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def uniform(seed: int, number: int) -> list[float]:
@@ -121,19 +153,3 @@ def crop_box(
     elif width / height > ratio[1]:
         w = round(height * ratio[1])
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as a (3, height, width) uint8 tensor."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; "I" holds it in 32 bits
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values.clip(0, 2**16 - 1) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise Lost("the image holds floating-point values, whose range is not known; convert it to 8 bits")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the same colours; the direct way warns of every such image
-    return image.convert("RGB")

@@ -144,10 +144,10 @@ def finish(folder: str, plan: Plan) -> bool:
     """Write the manifest if all files are written; whether this cache is whole now. Any number of writers may try."""
     try:
         if len(written(folder, plan)) < plan.files:
-            return False
+            return is_whole(folder)  # or another writer was first, and has cleared up in between
         entries = [read_json(os.path.join(folder, f"{name_of(file)}.json")) for file in range(plan.files)]
     except UserError:
-        if is_whole(folder):  # another writer was first and has cleared up
+        if is_whole(folder):
             return True
         raise
     manifest = {"format": FORMAT, "cache": plan.digest(), "files": entries}

@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from fdscale import UserError
 from fdscale.data import sources
 from fdscale.data.files import prepare_folder
-from fdscale.data.sources import Settings, State, Stop, comparable, shown
+from fdscale.data.sources import Settings, State, Stop, comparable, shown, stop_of_process
 
 POLL_S = 0.05  # between two looks at a lock that another process holds
 STEP = 64 * 2**20  # bytes reserved at a time for a shard of unknown size
@@ -69,7 +69,7 @@ class ShardCache:
 
     def look(self, location: str, stop: Stop | None = None) -> State:
         """The state of a shard now, as far as its source tells without sending it. Raises UserError as `open` does."""
-        return sources.look(location, self.settings, stop or Stop())
+        return sources.look(location, self.settings, stop or stop_of_process())
 
     def open(self, location: str, expected: State, stop: Stop | None = None) -> tuple[int, State]:
         """(descriptor to read from, size and version) of a whole shard, fetched first if it is not there.
@@ -78,7 +78,7 @@ class ShardCache:
         Raises UserError if the source fails or has changed, the shard is larger than the bound, or the disk is full;
         Stopped if told to stop.
         """
-        stop = stop or Stop()
+        stop = stop or stop_of_process()
         expected = State(expected.size, comparable(expected.version, location))
         self._prepare()
         while True:
@@ -203,10 +203,11 @@ class ShardCache:
             fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
-    def make_room(self, size: int, mine: str = "") -> bool:
+    def make_room(self, size: int, stem: str, mine: str = "") -> bool:
         """Remove what was not used for longest until `size` more bytes fit; whether they do. Under the lock `room`.
 
-        mine: a part that does not count. Leftovers go first.
+        stem: of the shard whose lock the caller holds, so that any part of it but `mine` is a leftover. Leftovers go
+        first; `mine` does not count.
         """
         shards, taken = [], 0
         for entry in list(os.scandir(self.path)):
@@ -216,9 +217,11 @@ class ShardCache:
                     shards.append((found.st_mtime_ns, found.st_size, entry.path))
                     taken += found.st_size
                 elif part := _PART.fullmatch(entry.name):
-                    if self._is_leftover(part["stem"]):
+                    if entry.path == mine:
+                        continue
+                    if part["stem"] == stem or self._is_leftover(part["stem"]):
                         os.unlink(entry.path)
-                    elif entry.path != mine:
+                    else:
                         taken += max(found.st_size, int(part["reserved"]))
                 elif entry.name.endswith(".again") and time.time() - found.st_mtime > AGAIN_S:
                     os.unlink(entry.path)
@@ -282,7 +285,7 @@ class _Part:
         self._check(self._reserved)
         while True:
             with cache.room(stop):
-                if cache.make_room(self._reserved):
+                if cache.make_room(self._reserved, self._stem):
                     self.path = self._named()
                     try:
                         self.file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -300,7 +303,7 @@ class _Part:
         try:
             with self._cache.room(self._stop):
                 # Others may hold what is missing, and wait for us as we for them: so rather too much for a while.
-                self._cache.make_room(self._reserved, mine=self.path)
+                self._cache.make_room(self._reserved, self._stem, self.path)
                 os.rename(self.path, named := self._named())
                 self.path = named
         except OSError as error:

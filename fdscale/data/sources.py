@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from threading import Event
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 from fdscale import UserError
@@ -102,6 +102,20 @@ class Stop:
             yield
         finally:
             del self._waiting[token]
+
+
+_of_process: list[Stop] = []  # in a worker, what its parent tells it
+
+
+def stop_of_process() -> Stop:
+    """What ends the downloads of this process if nothing else is said."""
+    return _of_process[0] if _of_process else Stop()
+
+
+def end_when_told(file: int) -> None:
+    """From now on the downloads of this process end when a byte can be read from `file` (a pipe of its parent)."""
+    _of_process[:] = [Stop()]
+    Thread(target=lambda stop: os.read(file, 1) and stop.set(), args=tuple(_of_process), daemon=True).start()
 
 
 class Trouble(Exception):
@@ -356,7 +370,8 @@ def persist(
         sure = trouble.tries is not None and firm >= max(trouble.tries, SURE if known else 1)
         if sure or tries >= settings.tries:
             often = f" (tried {tries} times in {time.monotonic() - begun:.0f} s)" if tries > 1 else ""
-            raise UserError(f"{shown(location)}: {trouble}{often}")
+            hint = "" if trouble.tries is not None else "; when it answers again, start the same command again"
+            raise UserError(f"{shown(location)}: {trouble}{often}{hint}")
         wait = min(settings.wait_s * 2 ** (tries - 1), MOST_WAIT_S) * random.SystemRandom().uniform(0.5, 1)
         if tries == 2:
             log.warning("%s: %s; trying again, up to %d times", shown(location), trouble, settings.tries)

@@ -11,6 +11,7 @@ Letters: B samples in a global batch, W ranks, m samples in a micro-batch, S sid
 from __future__ import annotations
 
 import atexit
+import os
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
@@ -18,18 +19,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fdscale import UserError
-from fdscale.data.augment import decode
 from fdscale.data.index import Index
 from fdscale.data.lost import Lost, Replaced
 from fdscale.data.mixture import Joined, Mixture
 from fdscale.data.order import Order, Sequential, check_world, philox
 from fdscale.data.parallel import die_with_parent
 from fdscale.data.prefetch import Prefetch, plan_of_lanes, plan_of_stretch
+from fdscale.data.sources import end_when_told
 
 Batches = Generator[dict[str, Any], None, None]
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
@@ -49,10 +49,10 @@ class Sample(NamedTuple):
 class Samples(Dataset):
     """The samples of a set by number: `samples[n]` is a Sample.
 
-    index: where the bytes lie. order: which sample a number means. view: called as view(image, number=n) with an RGB
-    PIL image, for instance `partial(train_view, seed=0, size=224)`. A sample that is Lost is replaced, at random by
-    (seed of the order, number). Raises UserError naming shard and key where no replacement can be had either, or where
-    data are not lost but out of reach.
+    index: where the bytes lie. order: which sample a number means. view: called as view(data, number=n) with the bytes
+    of an image file, for instance `partial(train_view, seed=0, size=224)`. A sample that is Lost is replaced, at random
+    by (seed of the order, number). Raises UserError naming shard and key where no replacement can be had either, or
+    where data are not lost but out of reach.
     """
 
     def __init__(self, index: Index | Joined, order: Order | Mixture | Sequential, view: Callable[..., Tensor]) -> None:
@@ -84,7 +84,7 @@ class Samples(Dataset):
         )
 
     def _view(self, number: int, shard: int, row: int) -> Sample:
-        image = self.view(decode(self.index.read(shard, row)), number=self._seen(number))
+        image = self.view(self.index.read(shard, row), number=self._seen(number))
         return Sample(image, number, self.index.names[shard], self.index.key(shard, row))
 
     def _seen(self, number: int) -> int:
@@ -153,7 +153,7 @@ def chosen_batches(
 
 def evaluation_batches(
     index: Index,
-    view: Callable[[Image.Image], Tensor],
+    view: Callable[[bytes], Tensor],
     *,
     micro_batch: int,
     rank: int,
@@ -165,8 +165,8 @@ def evaluation_batches(
 ) -> Batches:
     """Every sample of a set once, over all ranks, in the same number of micro-batches on each.
 
-    view: of an RGB PIL image, for instance `partial(eval_view, size=224)`. Numbers count the samples in the order of
-    the index. limit: only the first so many samples (None: all).
+    view: of the bytes of an image file, for instance `partial(eval_view, size=224)`. Numbers count the samples in the
+    order of the index. limit: only the first so many samples (None: all).
     Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
     micro-batches, or that stands for a lost one.
     """
@@ -221,6 +221,7 @@ def _deliver(
     ahead: Prefetch | None = None,
     complete: Complete | None = None,
 ) -> Batches:
+    told = list(os.pipe()) if ahead is not None and workers else []  # ends what the workers fetch
     loader = DataLoader(
         _Guarded(samples),
         batch_sampler=plan,
@@ -228,11 +229,11 @@ def _deliver(
         prefetch_factor=prefetch if workers else None,
         collate_fn=partial(_collate, complete=complete),
         pin_memory=pin_memory,
-        worker_init_fn=_begin_worker,
+        worker_init_fn=partial(_begin_worker, told=told),
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
     )
     iterator = iter(loader)
-    stop = partial(_stop_workers, iterator, ahead)
+    stop = partial(_stop_workers, iterator, ahead, told)
     atexit.register(stop)  # workers ignore SIGTERM, so multiprocessing would wait for them for ever at exit
     try:
         if ahead is not None:
@@ -282,20 +283,24 @@ def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> di
         return error
 
 
-def _begin_worker(worker: int) -> None:
+def _begin_worker(worker: int, told: list[int]) -> None:
     # A scheduler signals every process of a job; the main process decides what to do, and needs its data until then.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
     torch.set_num_threads(1)
+    if told:
+        end_when_told(told[0])
 
 
 def _processes(iterator: Any) -> list[Any]:
     return getattr(iterator, "_workers", [])
 
 
-def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
+def _stop_workers(iterator: Any, ahead: Prefetch | None, told: list[int]) -> None:
     """End the workers now; the loader itself would only do so when its last reference is gone."""
+    if told:
+        os.write(told[1], bytes(len(_processes(iterator))))
     if ahead is not None:
         ahead.close()
     shutdown = getattr(iterator, "_shutdown_workers", None)
@@ -305,7 +310,9 @@ def _stop_workers(iterator: Any, ahead: Prefetch | None) -> None:
         if process.is_alive():  # busy for longer than the loader waits
             process.kill()
             process.join()
+    while told:
+        os.close(told.pop())
 
 
-def _without_number(image: Image.Image, number: int, view: Callable[[Image.Image], Tensor]) -> Tensor:
-    return view(image)
+def _without_number(data: bytes, number: int, view: Callable[[bytes], Tensor]) -> Tensor:
+    return view(data)

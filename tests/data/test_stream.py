@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fdscale import UserError
-from fdscale.data.augment import decode, eval_view, train_view
+from fdscale.data.augment import eval_view, train_view
 from fdscale.data.index import open_index
 from fdscale.data.indexing import index
 from fdscale.data.order import Order
@@ -100,8 +99,8 @@ def test_batches_are_the_samples_of_their_numbers(samples, shards):
     for number, (shard, key), pixels in draw(samples, 30, 2):
         _, where, row = samples.order.at(number)
         assert (shard, key) == (opened.names[where], opened.key(where, row))
-        image = decode(opened.read(where, row))
-        assert pixels == train_view(image, 5, number, 16).numpy().tobytes()
+        data = opened.read(where, row)
+        assert pixels == train_view(data, 5, number, 16).numpy().tobytes()
         one = samples[number]
         assert (one[1:], one.image.numpy().tobytes()) == ((number, shard, key, None), pixels)
 
@@ -293,9 +292,9 @@ def test_a_shard_that_was_exchanged_stops_the_run(tmp_path, photos, pack, worker
         next(stream)
 
 
-def slow(image: Image.Image, number: int, seconds: float) -> torch.Tensor:
+def slow(data: bytes, number: int, seconds: float) -> torch.Tensor:
     time.sleep(seconds)
-    return eval_view(image, 16)
+    return eval_view(data, 16)
 
 
 def children() -> set[int]:
@@ -420,7 +419,7 @@ def test_evaluation_takes_every_sample_once(shards, world, micro_batch, workers)
     places = [(shard, row) for shard, count in enumerate(opened.counts) for row in range(count)]
     for (_, origin, image), (shard, row) in zip(seen, places, strict=True):
         assert origin == (opened.names[shard], opened.key(shard, row))
-        assert torch.equal(image, view(decode(opened.read(shard, row))))
+        assert torch.equal(image, view(opened.read(shard, row)))
 
 
 def test_evaluation_can_be_cut_short(shards):
