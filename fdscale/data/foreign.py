@@ -68,13 +68,10 @@ def claims_of_set(root: str, names: Sequence[str], given: Sequence[str] = ()) ->
     return dict(found)
 
 
-def disagreements(path: str, shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
-    """The claims about a shard, those given and those in files beside it, that differ from the samples found in it."""
-    return differing(shard, found, (*claims, *_claims_beside(path)))
-
-
-def differing(shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
-    """Those of the claims about a shard that differ from the samples found in it."""
+def disagreements(path: str | None, shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
+    """The claims about a shard, those given and those in files beside `path`, that differ from the samples found."""
+    beside = [] if path is None else _claims_beside(path)
+    wrong = [claim for claim in (*claims, *beside) if claim.samples != found]
     return [
         Problem(
             shard,
@@ -82,8 +79,7 @@ def differing(shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
             f"holds {found} samples, {claim.source} says {claim.samples}: the shard lost some, or that file is of "
             "another state of it (delete the file then)",
         )
-        for claim in claims
-        if claim.samples != found
+        for claim in wrong
     ]
 
 
@@ -127,7 +123,7 @@ def _lists_in(root: str) -> list[str]:
     """Files in a folder that say something of all its shards."""
     found = [os.path.join(root, *parts) for parts in ((".nv-meta", ".info.json"), (".nv-meta", ".info.yaml"))]
     candidates = []
-    for entry in os.scandir(root) if os.path.isdir(root) else ():
+    for entry in os.scandir(root):
         if entry.name.endswith(".json") and not entry.name.endswith("_stats.json") and entry.is_file():
             candidates.append(entry.path)
     for path in sorted(candidates)[:MOST_LISTS]:

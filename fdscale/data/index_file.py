@@ -1,8 +1,8 @@
 """The index on disk, apart from the shards, in a folder of its own:
 
-    index.json      {"version", "fingerprint", "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar",
-                    where something was left out "left_out", "damaged", and of a shard that lies elsewhere "version"},
-                    ...]}, one shard per line
+    index.json      {"version", "fingerprint", "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar"},
+                    ...]}, one shard per line; where it lies elsewhere also "version", where something was left out
+                    "left_out" (samples) and "damaged" (the rest of the shard)
     NAME.npz        for each shard: the arrays of tar.Layout, "stamp" (version, bytes, mtime_ns), and "left_out" (JSON
                     in bytes) where something was left out; no pickles
     left-out.jsonl  {"shard", "key", "reason"} of all that was left out; without key it is about the rest of the shard
@@ -41,10 +41,7 @@ Stamp = tuple[int, int, int]  # version, bytes and mtime_ns of the shard
 
 
 class Entry(NamedTuple):
-    """What index.json says of one shard. left_out: samples left out; damaged: so is the rest of the shard.
-
-    version: of a shard that lies elsewhere (sources.py); it has no time of change.
-    """
+    """What index.json says of one shard. left_out: samples left out; damaged: so is the rest of the shard."""
 
     name: str
     samples: int
@@ -54,7 +51,6 @@ class Entry(NamedTuple):
     sidecar: str
     left_out: int = 0
     damaged: bool = False
-    version: str = ""
 
 
 def fingerprint(entries: list[Entry]) -> str:

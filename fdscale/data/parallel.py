@@ -15,7 +15,6 @@ from typing import Any
 
 from fdscale import UserError
 
-Progress = Callable[[int, int], None]  # called with (done, of how many)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _AHEAD = 4  # jobs per worker that are handed out or done but not yet taken: what bounds the memory
 

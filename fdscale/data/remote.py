@@ -1,15 +1,14 @@
-"""Reading shards that lie elsewhere whole: each is fetched into the shard cache, where a run then finds it."""
+"""Indexing shards that lie elsewhere: each is fetched whole into the shard cache, where a run then finds it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from fdscale import UserError
 from fdscale.data.shard_cache import ShardCache
-from fdscale.data.sources import State, is_remote
+from fdscale.data.sources import State
 from fdscale.data.tar import Layout, Problem, scan
 
 
@@ -17,19 +16,6 @@ def stamp_of(state: State) -> tuple[int, int]:
     """What a sidecar keeps of the state of a remote shard: (bytes, a number made of the version)."""
     number = int.from_bytes(hashlib.sha256(state.version.encode()).digest()[:7], "big")
     return state.size or 0, number
-
-
-@contextmanager
-def at_hand(location: str, state: State, cache: ShardCache) -> Iterator[str]:
-    """A path under which this process can read a shard, wherever it lies: as long as it lasts, the shard stays."""
-    if not is_remote(location):
-        yield location
-        return
-    file, _ = cache.open(location, state)
-    try:
-        yield f"/dev/fd/{file}"
-    finally:
-        os.close(file)
 
 
 def scan_remote(

@@ -14,13 +14,12 @@ from fdscale import UserError
 from fdscale.data.files import Shards, parts_of, prepare_folder
 from fdscale.data.index import Index, open_index
 from fdscale.data.index_file import read_layout
-from fdscale.data.indexing import index
+from fdscale.data.indexing import Progress, index
 from fdscale.data.lost import Lost
 from fdscale.data.order import check_seed, permutation
-from fdscale.data.parallel import Progress, parallel
+from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
 from fdscale.data.shard_cache import ShardCache
-from fdscale.data.sources import is_remote
 from fdscale.data.tar import Layout
 from fdscale.data.writing import MAX_BYTES, Tar, bytes_in_tar, check_sizes, new_folder, shard_name
 
@@ -56,8 +55,7 @@ def reshard(
     if seed is not None:
         check_seed(seed)
     out = os.path.abspath(out)
-    parts = tuple(part if is_remote(part) else os.path.abspath(part) for part in parts_of(shards))
-    source = _Source(parts, index_dir, prefix_keys, cache)
+    source = _Source(tuple(parts_of(shards)), index_dir, prefix_keys, cache)
     _open.cache_clear()  # an earlier call may have seen another state
     _layouts.cache_clear()
     opened = _open(source)
@@ -174,10 +172,10 @@ def _write(job: _Job) -> int:
         extensions = [layout.extensions[kind].decode() for kind in kinds]
         try:
             tar.add(key, {extension: opened.read(shard, row, (extension,)) for extension in extensions})
-        except Lost as error:
+        except Lost as lost:
             raise UserError(
-                f"{opened.path(shard)}: sample '{key}': {error}; index what is whole of the shards (fdscale "
-                "shards index --skip-damaged), then reshard that"
+                f"{opened.path(shard)}: sample '{key}': {lost}. Restore the shard, or index what is whole of it "
+                "(fdscale shards index --skip-damaged)"
             ) from None
     tar.close()
     return len(keys)

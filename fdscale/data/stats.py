@@ -15,9 +15,10 @@ from fdscale import UserError
 from fdscale.data.files import Shards
 from fdscale.data.index import Index, open_index
 from fdscale.data.index_file import Entry, read_layout
+from fdscale.data.indexing import Progress
 from fdscale.data.lost import Lost
 from fdscale.data.order import philox
-from fdscale.data.parallel import Progress, parallel
+from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
 from fdscale.data.shard_cache import ShardCache
 from fdscale.data.tar import IMAGE_EXTENSIONS
@@ -153,7 +154,7 @@ def _sampled(opened: Index, count: int) -> dict[str, Any]:
                 with Image.open(io.BytesIO(opened.read(shard, row))) as image:  # the header alone is read
                     sizes.append(image.size)
                     kinds[f"{image.format} {image.mode}"] += 1
-        except Lost:
+        except Lost:  # cut off or damaged since it was indexed
             broken += 1
             continue
         except UserError:
