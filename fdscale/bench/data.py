@@ -34,7 +34,8 @@ from fdscale import UserError
 from fdscale.assemble import MEAN, STD
 from fdscale.data import jpeg
 from fdscale.data.augment import train_view
-from fdscale.data.index import index, open_index
+from fdscale.data.index import open_index
+from fdscale.data.indexing import index
 from fdscale.data.order import Order
 from fdscale.data.shards import make
 from fdscale.data.stream import Samples, batches

@@ -120,7 +120,9 @@ def _bears_checks(file: int, total: int, members: Members) -> bool:
 
 
 def _lists_in(root: str) -> list[str]:
-    """Files in a folder that say something of all its shards."""
+    """Files in a folder that say something of all its shards; none if it is elsewhere."""
+    if not os.path.isdir(root):
+        return []
     found = [os.path.join(root, *parts) for parts in ((".nv-meta", ".info.json"), (".nv-meta", ".info.yaml"))]
     candidates = []
     for entry in os.scandir(root):

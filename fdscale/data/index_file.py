@@ -9,7 +9,8 @@
 
 Names are relative to the folder that holds all shards, in natural order ("2" before "10"), and "layout" is a hash of
 the arrays. The fingerprint, a hash over names, samples, bytes and layouts, identifies the data and so the order of a
-run. Nothing read from here is trusted: names stay inside the folder, arrays fit each other and the shard.
+run. A shard that lies elsewhere has a version (sources.py) and no time of change. Nothing read from here is trusted:
+names stay inside the folder, arrays fit each other and the shard.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ class Entry(NamedTuple):
     mtime_ns: int
     layout: str
     sidecar: str
+    version: str = ""
     left_out: int = 0
     damaged: bool = False
 

@@ -95,26 +95,21 @@ def _verify_shard(job: _Job) -> list[Problem]:
 def _verify_file(job: _Job, file: int) -> list[Problem]:
     entry, size = job.entry, os.fstat(file).st_size
     known = set(load_left_out(job.index_dir, entry)) if entry.left_out or entry.damaged else set()
-    scanned, problems = scan_file(path, entry.name)
+    layout, problems = scan(file, size, entry.name)
     problems = [problem._replace(left_out=problem in known) for problem in problems]
-    if scanned is None:
-        return problems
-    layout, stat = scanned
+    found = len(layout.keys) + sum(bool(problem.key) for problem in problems)
     indexed = load_sidecar(os.path.join(job.index_dir, entry.sidecar), total=entry.bytes)
     if indexed is None or layout_hash(indexed) not in (entry.layout, layout_hash(layout)):
         problems.append(Problem(entry.name, "", f"its index file {entry.sidecar} is missing or damaged; index it anew"))
     damaged = any(not problem.key and not problem.left_out for problem in problems)  # then it is clear what changed
-    if not damaged and (stat.st_size, layout_hash(layout)) != (entry.bytes, entry.layout):
-        reason = f"changed since it was indexed ({stat.st_size} bytes, {entry.bytes} in the index); index it anew"
+    if not damaged and (size, layout_hash(layout)) != (entry.bytes, entry.layout):
+        reason = f"changed since it was indexed ({size} bytes, {entry.bytes} in the index); index it anew"
         problems.append(Problem(entry.name, "", reason))
     beside = None if is_remote(job.path) else job.path
     disagreeing = foreign.disagreements(beside, entry.name, found, job.claims)
     problems += [problem._replace(left_out=entry.damaged) for problem in disagreeing]
-    try:
-        with open(path, "rb") as file:
-            return problems + list(_check_members(file, layout, entry.name, job.decode))
-    except OSError as error:
-        return [*problems, Problem(entry.name, "", f"cannot be opened ({error.strerror})")]
+    with open(file, "rb", closefd=False) as stream:
+        return problems + list(_check_members(stream, layout, entry.name, job.decode))
 
 
 def _check_members(file: io.BufferedReader, layout: Layout, shard: str, decode: bool) -> Iterator[Problem]:
