@@ -109,6 +109,7 @@ def test_parquet_that_cannot_be_packed(tmp_path, photos):
         r"has the columns \['a'\]; expected one of image": lambda: pq.write_table(pa.table({"a": [1]}), path),
         "column image is int64; expected paths": lambda: pq.write_table(pa.table({"image": [1]}), path),
         "cannot be read as Parquet": lambda: path.write_bytes(b"PAR1" + bytes(100) + b"PAR1"),
+        "names a file outside its folder": lambda: write({"image": {"bytes": None, "path": "../x.jpg"}, "label": 0}),
         "gone/x.jpg: No such file": lambda: write({"image": {"bytes": None, "path": "gone/x.jpg"}, "label": 0}),
     }
     for message, spoil in cases.items():
