@@ -36,6 +36,7 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # http, https and pipe need nothing; gs:// needs gcsfs
+        "parquet": ["pyarrow>=14"],  # for `fdscale shards make` from Parquet files
         "demo": [
             "matplotlib>=3.8",
             "scikit-image>=0.25",

@@ -139,8 +139,15 @@ def _common(sub: argparse.ArgumentParser, default: str = "index/ beside the shar
     sub.add_argument("--json", action="store_true", help="machine-readable output")
 
 
-def _given_shards(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("shards", nargs="+", help="directory, glob or brace pattern, or several of them")
+def _given_shards(sub: argparse.ArgumentParser, several: bool = True) -> None:
+    where = "directory, glob or brace pattern, also of URLs"
+    if several:
+        sub.add_argument("shards", nargs="+", help=f"{where}, or several of them")
+    else:
+        sub.add_argument("shards", help=where)
+    cache = "directory that keeps shards from elsewhere (default: one in the system's temporary directory)"
+    sub.add_argument("--shard-cache", metavar="DIR", help=cache)
+    sub.add_argument("--shard-cache-gib", type=float, default=64.0, metavar="GIB", help="most it holds (default: 64)")
 
 
 def _shard_sizes(sub: argparse.ArgumentParser) -> None:
@@ -214,7 +221,7 @@ def _shards_reshard(kinds: argparse._SubParsersAction) -> None:
     text = "write the samples of indexed shards into shards of another size"
     example = "fdscale shards reshard '/data/train-{0000..0639}.tar' /data/train-256 --shard-mib 256 --shuffle"
     sub = _verb(kinds, "reshard", "fdscale.pack:reshard", text, example)
-    sub.add_argument("shards", help="directory, glob or brace pattern")
+    _given_shards(sub, several=False)
     sub.add_argument("out", help="directory of the new shards; must not exist")
     _shard_sizes(sub)
     sub.add_argument("--shuffle", action="store_true", help="mix the samples of all shards")

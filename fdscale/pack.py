@@ -17,6 +17,7 @@ from fdscale.data.indexing import index as index_shards
 from fdscale.data.listing import Columns
 from fdscale.data.recode import Recoding
 from fdscale.data.reshard import reshard as reshard_shards
+from fdscale.data.shard_cache import GIB, ShardCache
 from fdscale.data.shards import make as make_shards
 from fdscale.data.stats import stats as stats_of
 from fdscale.data.tar import Problem
@@ -100,6 +101,8 @@ def make(
 
 def index(
     shards: list[str],
+    shard_cache: str | None,
+    shard_cache_gib: float,
     index: str | None,
     skip_damaged: bool,
     trust_idx: bool,
@@ -115,6 +118,7 @@ def index(
             index,
             workers=workers,
             progress=progress,
+            cache=_cache(shard_cache, shard_cache_gib),
             skip_damaged=skip_damaged,
             trust_idx=trust_idx,
             counts=counts,
@@ -128,6 +132,8 @@ def index(
 
 def verify(
     shards: list[str],
+    shard_cache: str | None,
+    shard_cache_gib: float,
     index: str | None,
     decode: bool,
     unique_keys: bool,
@@ -138,7 +144,14 @@ def verify(
     """`fdscale shards verify`; exit code 2 when anything is wrong that the index does not leave out."""
     with _bar("verifying") as progress:
         problems = verify_shards(
-            shards, index, decode=decode, unique_keys=unique_keys, counts=counts, workers=workers, progress=progress
+            shards,
+            index,
+            decode=decode,
+            unique_keys=unique_keys,
+            counts=counts,
+            workers=workers,
+            progress=progress,
+            cache=_cache(shard_cache, shard_cache_gib),
         )
     if json:
         _print_json([problem._asdict() for problem in problems])
@@ -147,10 +160,19 @@ def verify(
     return 0 if all(problem.left_out for problem in problems) else PROBLEMS_FOUND
 
 
-def stats(shards: list[str], index: str | None, sample: int, workers: int, json: bool) -> int:
+def stats(
+    shards: list[str],
+    shard_cache: str | None,
+    shard_cache_gib: float,
+    index: str | None,
+    sample: int,
+    workers: int,
+    json: bool,
+) -> int:
     """`fdscale shards stats`."""
+    cache = _cache(shard_cache, shard_cache_gib)
     with _bar("counting") as progress:
-        found = stats_of(shards, index, sample=sample, workers=workers, progress=progress)
+        found = stats_of(shards, index, sample=sample, workers=workers, progress=progress, cache=cache)
     if json:
         _print_json(found)
     else:
@@ -160,6 +182,8 @@ def stats(shards: list[str], index: str | None, sample: int, workers: int, json:
 
 def reshard(
     shards: str,
+    shard_cache: str | None,
+    shard_cache_gib: float,
     out: str,
     samples_per_shard: int | None,
     shard_mib: float | None,
@@ -183,9 +207,14 @@ def reshard(
             out_index_dir=out_index,
             workers=workers,
             progress=progress,
+            cache=_cache(shard_cache, shard_cache_gib),
         )
     _print_made(made, out, json)
     return 0
+
+
+def _cache(folder: str | None, gib: float) -> ShardCache:
+    return ShardCache(folder, int(gib * GIB))
 
 
 def _sizes(samples_per_shard: int | None, shard_mib: float | None) -> dict[str, Any]:

@@ -6,9 +6,7 @@ epoch, and the runs go well beyond it.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import TINY, outside, run_cli, sets
+from helpers import TINY, kill_all, outside, run_cli, sets
 from PIL import Image
 from safetensors.torch import load_file
 from skimage import data as photographs
@@ -300,20 +298,6 @@ def test_killed_writers_are_gone_on_with_on_another_number_of_ranks(
     assert done.returncode == 0, done.stderr
     assert contents(killed) == contents(whole)
     assert len(contents(whole)) == 22
-
-
-def kill_all(root: int) -> None:
-    """kill -9 a process and all below it: torchrun puts each rank into a session of its own."""
-    parents = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # ended meanwhile
-            parents[int(entry.parent.name)] = int(entry.read_text().rpartition(")")[2].split()[1])
-    doomed = [root]
-    for pid in doomed:
-        doomed += [child for child, parent in parents.items() if parent == pid]
-    for pid in doomed:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:

@@ -6,7 +6,6 @@ Drop path and augmentation are on in all of them; the teacher is random, the pho
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import outside, run_cli
+from helpers import kill_all, outside, run_cli
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -85,13 +84,13 @@ def kill_after_checkpoint(arguments: list[str], run: Path, ranks: int) -> None:
     if ranks > 1:
         launcher += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     command = [*launcher, "fdscale.cli", *(["--"] if ranks > 1 else []), *arguments]
-    process = subprocess.Popen(command, start_new_session=True, env=outside(), stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=outside(), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 240
     while not (run / "checkpoints" / "step-00000003").is_dir():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all(process.pid)
     process.wait()
     process.stderr.close()
     assert not (run / "checkpoints" / f"step-{STEPS:08d}").exists(), "the run was over before it was killed"

@@ -8,10 +8,10 @@ How many samples a shard should hold is said by
     DALI's wds2idx          NAME.idx, v1.1 or v1.2
 A shard that holds another number was damaged before our index could see it, or their index is of another state.
 
-Offsets: only DALI's v1.2 gives what our index needs, name, place and size of every member. Reading it is about seven
+Offsets: only DALI's v1.2 gives what our index needs, name, place and size of every member. Reading it is two to three
 times as fast as reading the headers from memory, and on a slow file system it saves a read per sample; but headers that
-it does not read it cannot check. So it is used only where `trust_idx` asks for it, and only if its members fill the
-shard without a gap up to an end mark and CHECKED of the headers, spread evenly, are whole and agree.
+are not read are not checked. So it is used only where `trust_idx` asks for it, and only if its members fill the shard
+without a gap up to an end mark and CHECKED of the headers, spread evenly, are whole and agree.
 """
 
 from __future__ import annotations
@@ -68,13 +68,10 @@ def claims_of_set(root: str, names: Sequence[str], given: Sequence[str] = ()) ->
     return dict(found)
 
 
-def disagreements(path: str, shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
-    """The claims about a shard, those given and those in files beside it, that differ from the samples found in it."""
-    return differing(shard, found, (*claims, *_claims_beside(path)))
-
-
-def differing(shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
-    """Those of the claims about a shard that differ from the samples found in it."""
+def disagreements(path: str | None, shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
+    """The claims about a shard, those given and those in files beside `path`, that differ from the samples found."""
+    beside = [] if path is None else _claims_beside(path)
+    wrong = [claim for claim in (*claims, *beside) if claim.samples != found]
     return [
         Problem(
             shard,
@@ -82,8 +79,7 @@ def differing(shard: str, found: int, claims: Iterable[Claim]) -> list[Problem]:
             f"holds {found} samples, {claim.source} says {claim.samples}: the shard lost some, or that file is of "
             "another state of it (delete the file then)",
         )
-        for claim in claims
-        if claim.samples != found
+        for claim in wrong
     ]
 
 
@@ -124,10 +120,12 @@ def _bears_checks(file: int, total: int, members: Members) -> bool:
 
 
 def _lists_in(root: str) -> list[str]:
-    """Files in a folder that say something of all its shards."""
+    """Files in a folder that say something of all its shards; none if it is elsewhere."""
+    if not os.path.isdir(root):
+        return []
     found = [os.path.join(root, *parts) for parts in ((".nv-meta", ".info.json"), (".nv-meta", ".info.yaml"))]
     candidates = []
-    for entry in os.scandir(root) if os.path.isdir(root) else ():
+    for entry in os.scandir(root):
         if entry.name.endswith(".json") and not entry.name.endswith("_stats.json") and entry.is_file():
             candidates.append(entry.path)
     for path in sorted(candidates)[:MOST_LISTS]:

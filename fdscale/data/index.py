@@ -1,10 +1,11 @@
 """The index of a set: which shards it has, how many samples each holds, and where their bytes lie.
 
-Opening it, and reading samples through it. Its files are described in index_file.py; indexing.py makes them.
+Opening an index, and reading samples through it. indexing.py makes one; index_file.py describes its files.
 """
 
 from __future__ import annotations
 
+import glob
 import os
 
 import numpy as np
@@ -26,7 +27,6 @@ class Index:
     """An opened index, and reading through it. Made by `open_index`.
 
     names: of the shards used, relative to the folder `root`, in the order of the index. counts: samples in each.
-    entries: all that the index says of each.
     fingerprint: of these shards. remote: whether they lie elsewhere and are read through `cache`. Files are read with
     pread only, so a copy made by fork reads on safely, and a pickled copy opens its own.
     """
@@ -41,7 +41,7 @@ class Index:
         self.names = [entry.name for entry in entries]
         self.counts = np.array([entry.samples for entry in entries], np.int64)  # (shards,)
         self.fingerprint = fingerprint(entries)
-        self.entries = entries
+        self._entries = entries
         self._paths = [path for path, _ in chosen]
         self._files = Recent(limit=OPEN_FILES, drop=os.close)
         self._columns = Recent(limit=COLUMN_BYTES, weigh=_bytes_of)
@@ -52,9 +52,14 @@ class Index:
         return int(self.counts.sum())
 
     @property
+    def entries(self) -> list[Entry]:
+        """All that the index says of each shard."""
+        return self._entries
+
+    @property
     def left_out(self) -> tuple[int, int]:
         """(samples left out, shards whose damaged rest is left out): none but where the index was told to."""
-        return sum(entry.left_out for entry in self.entries), sum(entry.damaged for entry in self.entries)
+        return sum(entry.left_out for entry in self._entries), sum(entry.damaged for entry in self._entries)
 
     def key(self, shard: int, row: int) -> str:
         """The key of a sample."""
@@ -111,14 +116,14 @@ class Index:
 
     def remote_bytes(self, shard: int) -> int:
         """The size of a shard, in bytes; 0 if it is on this machine."""
-        return self.entries[shard].bytes if is_remote(self._paths[shard]) else 0
+        return self._entries[shard].bytes if is_remote(self._paths[shard]) else 0
 
     def fetch(self, shard: int, stop: Stop) -> None:
         """Have a remote shard in the cache, and count it as just used. Raises what ShardCache.open does."""
         os.close(self.cache.open(self._paths[shard], self._state(shard), stop)[0])
 
     def _state(self, shard: int) -> State:
-        return State(self.entries[shard].bytes, self.entries[shard].version)
+        return State(self._entries[shard].bytes, self._entries[shard].version)
 
     def _open(self, shard: int) -> int:
         if is_remote(self._paths[shard]):
@@ -129,7 +134,7 @@ class Index:
             file = os.open(self._paths[shard], os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise UserError(f"{self.path(shard)}: in the index, but cannot be opened ({error.strerror})") from None
-        size, expected = os.fstat(file).st_size, self.entries[shard].bytes
+        size, expected = os.fstat(file).st_size, self._entries[shard].bytes
         if size > expected:
             os.close(file)
             raise self._changed(shard, f"it has {size} bytes, the index says {expected}")
@@ -144,7 +149,7 @@ class Index:
     def _load_column(self, key: tuple[int, tuple[str, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(keys (n,) bytes, offsets (n,) uint64, sizes (n,) uint64); offset 0 where a sample has no such member."""
         shard, extensions = key
-        layout = read_layout(self.index_dir, self.entries[shard])
+        layout = read_layout(self.index_dir, self._entries[shard])
         offsets, sizes = np.zeros((2, len(layout.keys)), np.uint64)
         owner = np.repeat(np.arange(len(layout.keys)), layout.starts[1:] - layout.starts[:-1])
         names = layout.extensions.tolist()
@@ -187,7 +192,7 @@ def match(
         raise UserError(f"{index_dir}: the shards lie below several folders ({', '.join(roots)}); use one index each")
     if not chosen:
         raise UserError(f"{index_dir}: lists none of the {len(paths)} shards given; name the right place (--index DIR)")
-    listed = [pattern for part in parts_of(shards) for pattern in patterns_of(part)]
+    listed = [pattern for part in parts_of(shards) for pattern in patterns_of(part) if glob.has_magic(pattern)]
     others = [roots[0] + name for name in sorted(set(entries) - {entry.name for _, entry in chosen}, key=natural)]
     gone = [path for path in others if any(means(one, path) for one in listed)]
     return index_dir, roots[0], chosen, unknown, gone

@@ -1,15 +1,16 @@
 """The index on disk, apart from the shards, in a folder of its own:
 
-    index.json      {"version", "fingerprint", "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar",
-                    where something was left out "left_out", "damaged", and of a shard that lies elsewhere "version"},
-                    ...]}, one shard per line
+    index.json      {"version", "fingerprint", "shards": [{"name", "samples", "bytes", "mtime_ns", "layout", "sidecar"},
+                    ...]}, one shard per line; where it lies elsewhere also "version", where something was left out
+                    "left_out" (samples) and "damaged" (the rest of the shard)
     NAME.npz        for each shard: the arrays of tar.Layout, "stamp" (version, bytes, mtime_ns), and "left_out" (JSON
                     in bytes) where something was left out; no pickles
     left-out.jsonl  {"shard", "key", "reason"} of all that was left out; without key it is about the rest of the shard
 
 Names are relative to the folder that holds all shards, in natural order ("2" before "10"), and "layout" is a hash of
 the arrays. The fingerprint, a hash over names, samples, bytes and layouts, identifies the data and so the order of a
-run. Nothing read from here is trusted: names stay inside the folder, arrays fit each other and the shard.
+run. A shard that lies elsewhere has a version (sources.py) and no time of change. Nothing read from here is trusted:
+names stay inside the folder, arrays fit each other and the shard.
 """
 
 from __future__ import annotations
@@ -41,10 +42,7 @@ Stamp = tuple[int, int, int]  # version, bytes and mtime_ns of the shard
 
 
 class Entry(NamedTuple):
-    """What index.json says of one shard. left_out: samples left out; damaged: so is the rest of the shard.
-
-    version: of a shard that lies elsewhere (sources.py); it has no time of change.
-    """
+    """What index.json says of one shard. left_out: samples left out; damaged: so is the rest of the shard."""
 
     name: str
     samples: int
@@ -52,9 +50,9 @@ class Entry(NamedTuple):
     mtime_ns: int
     layout: str
     sidecar: str
+    version: str = ""
     left_out: int = 0
     damaged: bool = False
-    version: str = ""
 
 
 def fingerprint(entries: list[Entry]) -> str:

@@ -1,4 +1,4 @@
-"""Making the index of a set from the headers of its shards, or of those that have changed since."""
+"""Making the index of a set of shards: from their headers, in parallel, and only where they changed."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from fdscale.data.index_file import (
     save_sidecar,
     write_entries,
 )
-from fdscale.data.parallel import Progress, parallel
+from fdscale.data.parallel import parallel
 from fdscale.data.remote import scan_remote, stamp_of
 from fdscale.data.shard_cache import ShardCache
 from fdscale.data.sources import is_remote
 from fdscale.data.tar import Layout, Problem, scan
 
 MOST_NAMED = 20  # problems spelled out in one error
-MOST_HELD = 10_000  # problems kept for it
+MOST_HELD = 10_000  # problems kept for such an error: a set of billions may be damaged everywhere
+
+Progress = Callable[[int, int], None]
 
 
 def index(
@@ -39,20 +41,20 @@ def index(
     index_dir: str | None = None,
     workers: int = 1,
     progress: Progress | None = None,
+    cache: ShardCache | None = None,
     *,
     skip_damaged: bool = False,
     trust_idx: bool = False,
     counts: Sequence[str] = (),
     report: Callable[[Problem], None] | None = None,
-    cache: ShardCache | None = None,
 ) -> Index:
     """Index shards from their headers; those unchanged since an earlier call (size and mtime) are not read again.
 
     shards: see `expand`. index_dir: where the index goes, by default the folder "index" beside the shards. An index
     may be filled by several calls, as for train-*.tar and val-*.tar in one folder. progress: called with (shards
-    done, shards). skip_damaged: index what is whole, list the rest in left-out.jsonl, and call `report` with whatever
-    is wrong. trust_idx and counts: what to do with others' indexes, see foreign.py. cache: for shards that lie
-    elsewhere; a run with the same cache finds there what still is.
+    done, shards). cache: for shards that lie elsewhere; a run with the same cache finds there what still is.
+    skip_damaged: index what is whole, list the rest in left-out.jsonl, and call `report` with whatever is wrong.
+    trust_idx and counts: what to do with others' indexes, see foreign.py.
     Raises UserError listing what is wrong in which shard, unless skip_damaged; the index then stays as it was, what
     was read is kept for the next call.
     """
@@ -126,7 +128,8 @@ def _index_shard(job: _Job) -> tuple[Entry, list[Problem]]:
     """(what the index will say of a shard, what is wrong with it)."""
     sidecar = os.path.join(job.index_dir, job.name + ".npz")
     if is_remote(job.path):
-        return _index_remote(job, sidecar)
+        entry, left_out = _index_remote(job, sidecar)
+        return entry, left_out + foreign.disagreements(None, job.name, entry.samples + entry.left_out, job.claims)
     try:
         stat = os.stat(job.path)
         stamp = (VERSION, stat.st_size, stat.st_mtime_ns)
@@ -136,9 +139,7 @@ def _index_shard(job: _Job) -> tuple[Entry, list[Problem]]:
         entry = job.before
         left_out = load_left_out(job.index_dir, entry) if entry.left_out or entry.damaged else []
     elif (layout := load_sidecar(sidecar, stamp)) is not None:
-        entry = _entry(job.name, layout, stamp)
-        left_out = load_left_out(job.index_dir, entry, missing_ok=True)
-        entry = _counting(entry, left_out)
+        entry, left_out = _known(job, _entry(job.name, layout, stamp))
     else:
         layout, stamp, left_out = _read_shard(job, stamp)
         save_sidecar(sidecar, layout, stamp, left_out)
@@ -150,20 +151,24 @@ def _index_shard(job: _Job) -> tuple[Entry, list[Problem]]:
 def _index_remote(job: _Job, sidecar: str) -> tuple[Entry, list[Problem]]:
     known: list[Layout] = []
 
-    def look_up(stamp: tuple[int, int]) -> Layout | None:
-        known.extend(layout for layout in [load_sidecar(sidecar, (VERSION, *stamp))] if layout is not None)
-        return known[0] if known else None
+    def find(stamp: tuple[int, int]) -> Layout | None:
+        layout = load_sidecar(sidecar, (VERSION, *stamp))
+        known.extend([layout] if layout is not None else [])
+        return layout
 
-    state, layout, left_out = scan_remote(job.path, job.name, job.cache, look_up)
+    state, layout, left_out = scan_remote(job.path, job.name, job.cache, find)
+    layout = NO_SAMPLES if layout is None else layout
     stamp = (VERSION, *stamp_of(state))
-    entry = _entry(job.name, layout or NO_SAMPLES, stamp)._replace(mtime_ns=0, version=state.version)
+    entry = _entry(job.name, layout, stamp)._replace(mtime_ns=0, version=state.version)
     if known:
-        left_out = load_left_out(job.index_dir, entry, missing_ok=True)
-    else:
-        save_sidecar(sidecar, layout or NO_SAMPLES, stamp, left_out)
-    entry = _counting(entry, left_out)
-    claims = foreign.differing(job.name, entry.samples + entry.left_out, job.claims)
-    return entry, left_out + claims
+        return _known(job, entry)
+    save_sidecar(sidecar, layout, stamp, left_out)
+    return _counting(entry, left_out), left_out
+
+
+def _known(job: _Job, entry: Entry) -> tuple[Entry, list[Problem]]:
+    left_out = load_left_out(job.index_dir, entry, missing_ok=True)
+    return _counting(entry, left_out), left_out
 
 
 def _read_shard(job: _Job, stamp: Stamp) -> tuple[Layout, Stamp, list[Problem]]:
@@ -194,16 +199,16 @@ def _before(index_dir: str) -> dict[str, Entry]:
 
 
 def _others(before: dict[str, Entry], root: str, names: set[str]) -> list[Entry]:
-    """What an earlier index lists besides these names, as far as it is still there unchanged."""
+    """What an earlier index lists besides these names, as far as it is still there unchanged; elsewhere, all of it."""
+    others = [entry for entry in before.values() if entry.name not in names]
     if is_remote(root):  # to ask after each would take long, and a shard that has changed is noticed when it is read
-        return [entry for entry in before.values() if entry.name not in names and entry.version]
+        return [entry for entry in others if entry.version]
     kept = []
-    for entry in before.values():
+    for entry in others:
         with suppress(OSError):
-            if entry.name not in names:
-                stat = os.stat(os.path.join(root, entry.name))
-                if stat.st_size == entry.bytes and entry.mtime_ns in (stat.st_mtime_ns, UNREADABLE):
-                    kept.append(entry)
+            stat = os.stat(os.path.join(root, entry.name))
+            if stat.st_size == entry.bytes and entry.mtime_ns in (stat.st_mtime_ns, UNREADABLE):
+                kept.append(entry)
     return kept
 
 

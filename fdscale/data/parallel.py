@@ -15,7 +15,6 @@ from typing import Any
 
 from fdscale import UserError
 
-Progress = Callable[[int, int], None]  # called with (done, of how many)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _AHEAD = 4  # jobs per worker that are handed out or done but not yet taken: what bounds the memory
 
@@ -56,5 +55,10 @@ def die_with_parent() -> None:
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         parent = multiprocessing.parent_process()
-        if parent is not None and not parent.is_alive():  # it died before the call
+        if parent is None:
+            return
+        # It may have died before the call. Its pipe does not tell for sure: a command that it was just starting may
+        # hold that open. Its number does, but for a fork server, which is another process than the one meant.
+        adopted = multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent.pid
+        if adopted or not parent.is_alive():
             os._exit(1)

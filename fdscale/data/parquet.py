@@ -63,6 +63,8 @@ def list_images(paths: Sequence[str], columns: Columns, listing: Listing, worker
         for i, (offset, size, extension, name, label, key) in enumerate(rows, first):
             where = f"{path}, row {i}: "
             if offset < 0:
+                if os.path.isabs(name) or ".." in name.split("/"):  # of a data set that somebody else made
+                    raise UserError(f"{where}names a file outside its folder ({name}); do not use this file")
                 value = None if plan.label is None else _label(label, plan, where)
                 listing.add(os.path.join(os.path.dirname(path), name), value, where, key, name)
                 continue

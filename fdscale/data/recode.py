@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from fdscale import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
-MOST_PIXELS = 89_478_485  # of what is packed: as many as a run decodes (augment.py)
+MOST_PIXELS = 89_478_485  # of what is packed: as many as a run decodes (decode.py)
 MOST_PIXELS_READ = 2 * MOST_PIXELS  # of what is made smaller: Pillow's own bound
 QUALITY = 90
 _MAGIC = {  # how a file begins -> the extension under which it is packed

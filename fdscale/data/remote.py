@@ -1,15 +1,14 @@
-"""Reading shards that lie elsewhere whole: each is fetched into the shard cache, where a run then finds it."""
+"""Indexing shards that lie elsewhere: each is fetched whole into the shard cache, where a run then finds it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from fdscale import UserError
 from fdscale.data.shard_cache import ShardCache
-from fdscale.data.sources import State, is_remote
+from fdscale.data.sources import State
 from fdscale.data.tar import Layout, Problem, scan
 
 
@@ -19,25 +18,13 @@ def stamp_of(state: State) -> tuple[int, int]:
     return state.size or 0, number
 
 
-@contextmanager
-def at_hand(location: str, state: State, cache: ShardCache) -> Iterator[str]:
-    """A path under which this process can read a shard, wherever it lies: as long as it lasts, the shard stays."""
-    if not is_remote(location):
-        yield location
-        return
-    file, _ = cache.open(location, state)
-    try:
-        yield f"/dev/fd/{file}"
-    finally:
-        os.close(file)
-
-
 def scan_remote(
     location: str, name: str, cache: ShardCache, known: Callable[[tuple[int, int]], Layout | None]
 ) -> tuple[State, Layout | None, list[Problem]]:
-    """(state, layout, what is wrong) of a remote shard; it is not fetched if `known(stamp)` has its layout.
+    """(state, layout of its whole samples, what is wrong with the rest) of a remote shard.
 
-    The layout is None if the tar is damaged. Raises UserError if the shard cannot be had: that is not about the shard.
+    It is not fetched if `known(stamp)` has its layout; what is wrong is then not said. The layout is None if nothing of
+    the tar can be used. Raises UserError if the shard cannot be had: that is not about the shard.
     """
     state = cache.look(location)
     if state.version and state.size is not None and (layout := known(stamp_of(state))) is not None:

@@ -14,12 +14,12 @@ from fdscale import UserError
 from fdscale.data.files import Shards, parts_of, prepare_folder
 from fdscale.data.index import Index, open_index
 from fdscale.data.index_file import read_layout
-from fdscale.data.indexing import index
+from fdscale.data.indexing import Progress, index
 from fdscale.data.lost import Lost
 from fdscale.data.order import check_seed, permutation
-from fdscale.data.parallel import Progress, parallel
+from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
-from fdscale.data.sources import is_remote
+from fdscale.data.shard_cache import ShardCache
 from fdscale.data.tar import Layout
 from fdscale.data.writing import MAX_BYTES, Tar, bytes_in_tar, check_sizes, new_folder, shard_name
 
@@ -38,6 +38,7 @@ def reshard(
     out_index_dir: str | None = None,
     workers: int = 1,
     progress: Progress | None = None,
+    cache: ShardCache | None = None,
 ) -> Index:
     """Write the samples of indexed shards into new ones in the new folder `out`, with an index.
 
@@ -46,16 +47,15 @@ def reshard(
     and appears whole or not at all.
     index_dir, out_index_dir: of the old and the new shards. samples_per_shard or max_bytes: where a shard ends;
     256 MiB by default. seed: shuffles all samples; None keeps their order. prefix_keys: put the name of the old shard
-    before each key. progress: called with (samples done, samples). Memory: about 24 bytes per sample, and per worker
-    what a sample takes.
+    before each key. progress: called with (samples done, samples). cache: for old shards that lie elsewhere. Memory:
+    about 24 bytes per sample, and per worker what a sample takes.
     Raises UserError if there is no index, a sample is not as indexed, or two samples of one key meet in a shard.
     """
     check_sizes(samples_per_shard, max_bytes)
     if seed is not None:
         check_seed(seed)
     out = os.path.abspath(out)
-    parts = tuple(part if is_remote(part) else os.path.abspath(part) for part in parts_of(shards))
-    source = _Source(parts, index_dir, prefix_keys)
+    source = _Source(tuple(parts_of(shards)), index_dir, prefix_keys, cache)
     _open.cache_clear()  # an earlier call may have seen another state
     _layouts.cache_clear()
     opened = _open(source)
@@ -81,6 +81,7 @@ class _Source(NamedTuple):
     shards: tuple[str, ...]
     index_dir: str | None
     prefix_keys: bool
+    cache: ShardCache | None
 
 
 class _Job(NamedTuple):
@@ -95,7 +96,7 @@ class _Job(NamedTuple):
 
 @lru_cache(maxsize=1)
 def _open(source: _Source) -> Index:
-    return open_index(source.shards, source.index_dir)
+    return open_index(source.shards, source.index_dir, source.cache)
 
 
 @lru_cache(maxsize=1)
@@ -171,10 +172,10 @@ def _write(job: _Job) -> int:
         extensions = [layout.extensions[kind].decode() for kind in kinds]
         try:
             tar.add(key, {extension: opened.read(shard, row, (extension,)) for extension in extensions})
-        except Lost as error:
+        except Lost as lost:
             raise UserError(
-                f"{opened.path(shard)}: sample '{key}': {error}; index what is whole of the shards (fdscale "
-                "shards index --skip-damaged), then reshard that"
+                f"{opened.path(shard)}: sample '{key}': {lost}. Restore the shard, or index what is whole of it "
+                "(fdscale shards index --skip-damaged)"
             ) from None
     tar.close()
     return len(keys)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Iterator
 from fdscale import UserError
 from fdscale.data.files import prepare_folder
 from fdscale.data.index import Index, open_index
-from fdscale.data.indexing import index
+from fdscale.data.indexing import Progress, index
 from fdscale.data.listing import MOST_IMAGE_BYTES, Columns, Listing, Row, find
 from fdscale.data.order import check_seed, permutation
-from fdscale.data.parallel import Progress, parallel
+from fdscale.data.parallel import parallel
 from fdscale.data.recode import Recoding, check_recoding, recode
 from fdscale.data.tar import Problem
 from fdscale.data.writing import Members, Shards, check_sizes, new_folder

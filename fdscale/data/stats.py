@@ -15,10 +15,12 @@ from fdscale import UserError
 from fdscale.data.files import Shards
 from fdscale.data.index import Index, open_index
 from fdscale.data.index_file import Entry, read_layout
+from fdscale.data.indexing import Progress
 from fdscale.data.lost import Lost
 from fdscale.data.order import philox
-from fdscale.data.parallel import Progress, parallel
+from fdscale.data.parallel import parallel
 from fdscale.data.recent import Recent
+from fdscale.data.shard_cache import ShardCache
 from fdscale.data.tar import IMAGE_EXTENSIONS
 
 QUANTILES = (0.0, 0.05, 0.5, 0.95, 1.0)
@@ -33,14 +35,15 @@ def stats(
     sample: int = 1000,
     workers: int = 1,
     progress: Progress | None = None,
+    cache: ShardCache | None = None,
 ) -> dict[str, Any]:
     """What is in a set, as plain numbers for JSON.
 
     Counts, bytes and members of all samples, from the index; of `sample` images drawn at random (fixed seed): width and
-    height from their headers, kind, and class. progress: called with (shards done, shards). Raises UserError if there
-    is no index.
+    height from their headers, kind, and class. progress: called with (shards done, shards). cache: for shards that lie
+    elsewhere. Raises UserError if there is no index.
     """
-    opened = open_index(shards, index_dir)
+    opened = open_index(shards, index_dir, cache)
     counts = opened.counts
     total: Counter[str] = Counter()
     sizes: Counter[int] = Counter()
@@ -151,7 +154,7 @@ def _sampled(opened: Index, count: int) -> dict[str, Any]:
                 with Image.open(io.BytesIO(opened.read(shard, row))) as image:  # the header alone is read
                     sizes.append(image.size)
                     kinds[f"{image.format} {image.mode}"] += 1
-        except Lost:
+        except Lost:  # cut off or damaged since it was indexed
             broken += 1
             continue
         except UserError:

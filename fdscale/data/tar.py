@@ -262,13 +262,15 @@ def arrange(found: Iterable[tuple[str, int, int]], shard: str) -> tuple[Layout, 
     starts.append(len(rows))
     names = list(extensions)
     problems = _check_samples(shard, keys, starts, names, rows)
-    if damage is not None:
+    if damage is not None and keys:
         last = len(keys) - 1
-        kinds = {kind for kind, _, _ in rows[starts[last] :]} if keys else set()
-        if keys and (last == 0 or len(kinds) < len(names)) and not any(i == last for i, _ in problems):
-            problems.append(
-                (last, Problem(shard, keys[last], "the damage follows it: what else belongs to it is lost"))
-            )
+        kinds = {kind for kind, _, _ in rows[starts[last] :]}
+        cut = "the damage follows it: what else belongs to it is lost"
+        if problems and problems[-1][0] == last:
+            cut = f"cut off: {problems.pop()[1].reason}"
+        elif last > 0 and len(kinds) == len(names):
+            cut = ""
+        problems += [(last, Problem(shard, keys[last], cut))] if cut else []
     layout = _layout(keys, starts, names, rows, {i for i, _ in problems})
     left = [problem for _, problem in problems]
     return layout, left if damage is None else [*left, Problem(shard, "", damage)]

@@ -17,12 +17,11 @@ from fdscale.data import foreign
 from fdscale.data.files import Shards
 from fdscale.data.index import match
 from fdscale.data.index_file import Entry, layout_hash, load_left_out, load_sidecar, read_layout
-from fdscale.data.indexing import scan_file
-from fdscale.data.parallel import Progress, parallel
-from fdscale.data.remote import at_hand
+from fdscale.data.indexing import Progress
+from fdscale.data.parallel import parallel
 from fdscale.data.shard_cache import ShardCache
-from fdscale.data.sources import State
-from fdscale.data.tar import IMAGE_EXTENSIONS, Layout, Problem
+from fdscale.data.sources import State, is_remote
+from fdscale.data.tar import IMAGE_EXTENSIONS, Layout, Problem, scan
 
 BUCKET = 2**24  # hashes of keys that are sorted at a time: 128 MB
 MOST_SHARED = 1000  # keys in several shards that are named
@@ -50,8 +49,10 @@ def verify(
     problems = [Problem(path, "", "is not in the index; run fdscale shards index") for path in unknown]
     problems += [Problem(path, "", "is in the index, but gone") for path in gone]
     claims = foreign.claims_of_set(root, [entry.name for _, entry in chosen], counts)
-    kept = cache or ShardCache()
-    jobs = (_Job(path, entry, index_dir, decode, claims.get(entry.name, []), kept) for path, entry in chosen)
+    jobs = (
+        _Job(path, entry, index_dir, decode, claims.get(entry.name, []), cache or ShardCache())
+        for path, entry in chosen
+    )
     for done, found in enumerate(parallel(_verify_shard, jobs, min(workers, len(chosen))), 1):
         problems += found
         if progress:
@@ -71,36 +72,44 @@ class _Job(NamedTuple):
 
 
 def _verify_shard(job: _Job) -> list[Problem]:
-    try:
-        with at_hand(job.path, State(job.entry.bytes, job.entry.version), job.cache) as path:
-            return _verify_file(path, job)
-    except UserError as error:  # it cannot be fetched, or is another one
-        return [Problem(job.entry.name, "", str(error))]
-
-
-def _verify_file(path: str, job: _Job) -> list[Problem]:
     entry = job.entry
+    try:
+        if is_remote(job.path):
+            file = job.cache.open(job.path, State(entry.bytes, entry.version))[0]
+        else:
+            file = os.open(job.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return [Problem(entry.name, "", f"cannot be opened ({error.strerror})")]
+    except UserError as error:
+        return [Problem(entry.name, "", str(error))]
+    try:
+        return _verify_file(job, file)
+    except OSError as error:
+        return [Problem(entry.name, "", f"cannot be read ({error.strerror})")]
+    except UserError as error:
+        return [Problem(entry.name, "", str(error))]
+    finally:
+        os.close(file)
+
+
+def _verify_file(job: _Job, file: int) -> list[Problem]:
+    entry, size = job.entry, os.fstat(file).st_size
     known = set(load_left_out(job.index_dir, entry)) if entry.left_out or entry.damaged else set()
-    scanned, problems = scan_file(path, entry.name)
+    layout, problems = scan(file, size, entry.name)
     problems = [problem._replace(left_out=problem in known) for problem in problems]
-    if scanned is None:
-        return problems
-    layout, stat = scanned
+    found = len(layout.keys) + sum(bool(problem.key) for problem in problems)
     indexed = load_sidecar(os.path.join(job.index_dir, entry.sidecar), total=entry.bytes)
     if indexed is None or layout_hash(indexed) not in (entry.layout, layout_hash(layout)):
         problems.append(Problem(entry.name, "", f"its index file {entry.sidecar} is missing or damaged; index it anew"))
     damaged = any(not problem.key and not problem.left_out for problem in problems)  # then it is clear what changed
-    if not damaged and (stat.st_size, layout_hash(layout)) != (entry.bytes, entry.layout):
-        reason = f"changed since it was indexed ({stat.st_size} bytes, {entry.bytes} in the index); index it anew"
+    if not damaged and (size, layout_hash(layout)) != (entry.bytes, entry.layout):
+        reason = f"changed since it was indexed ({size} bytes, {entry.bytes} in the index); index it anew"
         problems.append(Problem(entry.name, "", reason))
-    found = len(layout.keys) + sum(bool(problem.key) for problem in problems)
-    disagreeing = foreign.disagreements(job.path, entry.name, found, job.claims)
+    beside = None if is_remote(job.path) else job.path
+    disagreeing = foreign.disagreements(beside, entry.name, found, job.claims)
     problems += [problem._replace(left_out=entry.damaged) for problem in disagreeing]
-    try:
-        with open(path, "rb") as file:
-            return problems + list(_check_members(file, layout, entry.name, job.decode))
-    except OSError as error:
-        return [*problems, Problem(entry.name, "", f"cannot be opened ({error.strerror})")]
+    with open(file, "rb", closefd=False) as stream:
+        return problems + list(_check_members(stream, layout, entry.name, job.decode))
 
 
 def _check_members(file: io.BufferedReader, layout: Layout, shard: str, decode: bool) -> Iterator[Problem]:

@@ -12,7 +12,8 @@ from test_prefetch import draw, samples_of, threads
 
 from fdscale import UserError
 from fdscale.data import files
-from fdscale.data.index import index, open_index
+from fdscale.data.index import open_index
+from fdscale.data.indexing import index
 from fdscale.data.shard_cache import ShardCache
 from fdscale.data.shards import make
 from fdscale.data.sources import Settings

@@ -17,7 +17,8 @@ from web_server import WebServer
 
 from fdscale import UserError
 from fdscale.data.augment import eval_view, train_view
-from fdscale.data.index import index, open_index
+from fdscale.data.index import open_index
+from fdscale.data.indexing import index
 from fdscale.data.mixture import Joined, Mixture
 from fdscale.data.order import Order, Sequential
 from fdscale.data.prefetch import plan_of_lanes, plan_of_stretch

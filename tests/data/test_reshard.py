@@ -144,7 +144,7 @@ def test_a_failed_reshard_leaves_nothing(source, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         reshard(source, tmp_path / "out", samples_per_shard=4, workers=2, progress=interrupt)
     (source / "s-3.tar").write_bytes((source / "s-3.tar").read_bytes()[:-10240])
-    with pytest.raises(UserError, match=r"s-3\.tar: sample '.*': the shard is cut off before byte"):
+    with pytest.raises(UserError, match=r"s-3\.tar: sample .* the shard is cut off before byte"):
         reshard(source, tmp_path / "out", workers=2)
     (source / "s-3.tar").unlink()
     with pytest.raises(UserError, match=r"s-3\.tar: in the index .*but gone"):
