@@ -321,7 +321,7 @@ def table(title: str, count: int, unit: str, clocks: Clocks, base: str) -> None:
 def print_tables(result: dict[str, Any]) -> None:
     """All tables as Markdown."""
     about = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-    print(f"{about}; {result['rounds']} rounds; medians, ratios within a round with quartiles\n")
+    print(f"{about};\n{result['rounds']} rounds; medians, ratios within a round with quartiles\n")
     for name, of in result["decode"].items():
         title = (
             f"Decoding on one core: JPEGs of about {name}, {of['kilobytes']:.0f} kB on average, to a random crop of "
@@ -329,7 +329,7 @@ def print_tables(result: dict[str, Any]) -> None:
         )
         table(title, of["images"], "images", of["seconds"], "PIL + torchvision")
     for workers, of in result["loader"].items():
-        title = f"Whole loader with {workers} worker process(es): the smaller photographs from tars"
+        title = f"Whole loader, worker processes: {workers}; the smaller photographs from tars"
         table(title, of["images"], "images", of["seconds"], "webdataset")
     table("Worker model: two of each", result["workers"]["images"], "images", result["workers"]["seconds"], "threads")
     title = "Indexing on one core: a tar of samples with three members each, from the page cache"
