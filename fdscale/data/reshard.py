@@ -48,7 +48,7 @@ def reshard(
     index_dir, out_index_dir: of the old and the new shards. samples_per_shard or max_bytes: where a shard ends;
     256 MiB by default. seed: shuffles all samples; None keeps their order. prefix_keys: put the name of the old shard
     before each key. progress: called with (samples done, samples). cache: for old shards that lie elsewhere. Memory:
-    about 24 bytes per sample, and per worker what a sample takes.
+    under 40 bytes per sample, and per worker up to 400 MB of tables and what a sample takes.
     Raises UserError if there is no index, a sample is not as indexed, or two samples of one key meet in a shard.
     """
     check_sizes(samples_per_shard, max_bytes)
