@@ -144,6 +144,22 @@ def test_stopped_early_goes_on_bitwise_and_other_ranks_agree(tiny: Callable[...,
         assert losses(two)[step] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3), lr)
 
 
+def test_resumed_at_other_worlds_the_samples_are_the_same(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
+    """One rank, then two at another stage, micro-batch and number of workers, then one again, against a single run."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run_cli(*tiny(whole, *SCHEDULE)).returncode == 0
+    assert run_cli(*tiny(parts, *SCHEDULE, "data.workers=0", options=("--steps", "2"))).returncode == 0
+    other = ("memory.micro_batch=2", "data.workers=2")
+    two = run_cli(*tiny(parts, *SCHEDULE, *other, options=("--steps", "4", "--ds", str(ds_file(tmp_path, 3)))), ranks=2)
+    assert two.returncode == 0, two.stderr
+    assert run_cli(*tiny(parts, *SCHEDULE, "memory.micro_batch=8")).returncode == 0
+    assert samples(parts, 2) == samples(whole, 1)
+    lines = [line for rank in range(2) for line in (parts / f"samples-{rank}.log").read_text().splitlines()]
+    assert len(lines) == 8 * STEPS  # none twice
+    for step, (loss, norm, lr) in losses(whole).items():
+        assert losses(parts)[step] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3), lr)
+
+
 def test_sigterm_saves_and_the_same_command_goes_on(tiny: Callable[..., list[str]], tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert run_cli(*tiny(whole, *SCHEDULE)).returncode == 0
