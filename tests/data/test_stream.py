@@ -121,10 +121,11 @@ def test_the_sequence_and_the_pixels_survive_every_change(samples):
         (12, 0, 12, 1, 1),
         (4, 1, 24, 6, 1),
         (6, 0, 36, 3, 1),
+        (1, 5, 12, 1, 1),
     ):
         got += draw(samples, len(got), steps, world=world, workers=workers, batch_size=batch_size, micro_batch=micro)
     assert got == reference[: len(got)]
-    assert len(got) == 180
+    assert len(got) == 192
 
 
 def test_beyond_the_span_samples_and_their_views_repeat_under_new_numbers(samples):
