@@ -197,9 +197,15 @@ def _computed(
 def _ahead(items: Generator[Any, None, None]) -> Generator[Any, None, None]:
     """The same items, made by a thread while earlier ones are used: the teacher need not wait for the disk."""
     end = object()
-    with ThreadPoolExecutor(1) as pool:  # the thread also closes what it opened: data workers end with it
+    # The first one in this thread: it starts the data workers. A worker that a pool's thread starts tries to join that
+    # thread, which is its own, when it ends, and so ends with status 1.
+    first = next(items, end)
+    if first is end:
+        return
+    with ThreadPoolExecutor(1) as pool:
         made = deque(pool.submit(next, items, end) for _ in range(AHEAD))
         try:
+            yield first
             while (item := made.popleft().result()) is not end:
                 made.append(pool.submit(next, items, end))
                 yield item

@@ -10,6 +10,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,10 +26,12 @@ from torch import Tensor
 
 from fdscale import UserError, config
 from fdscale.assemble import Parts, assemble, to_device, train_stream, training_target
-from fdscale.cache import DONE, STOPPED
+from fdscale.cache import DONE, STOPPED, _ahead
 from fdscale.cache import cache as write_cache
 from fdscale.data.shards import make
 from fdscale.objective import feature_loss
+
+pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
 
 SPAN = 31  # samples, of 12 in an epoch
 EPOCHS = f"cache.epochs={SPAN / 12!r}"
@@ -306,6 +309,16 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
         assert process.poll() is None, process.stderr and process.stderr.read()
         assert time.monotonic() < deadline, "not in time"
         time.sleep(0.005)
+
+
+def test_the_first_micro_batch_is_asked_for_in_the_callers_thread() -> None:
+    """It starts the data workers, which must not be children of a pool's thread: they would end with status 1."""
+    made = (threading.get_ident() for _ in range(5))
+    here, *others = _ahead(made)
+    assert here == threading.get_ident()
+    assert len(others) == 4
+    assert threading.get_ident() not in others
+    assert list(_ahead(item for item in ())) == []
 
 
 def test_damage_is_named_and_repaired(

@@ -129,8 +129,7 @@ class ShardCache:
             raise UserError(f"{path}: cannot be opened ({error.strerror}); empty the folder, or name another") from None
         found = os.fstat(file)
         if stat.S_ISREG(found.st_mode) and found.st_size == expected.size:
-            with suppress(OSError):
-                os.utime(file)  # last used now
+            _used_now(file)
             return file
         os.close(file)
         with suppress(FileNotFoundError):
@@ -143,6 +142,7 @@ class ShardCache:
         try:
             state = sources.fetch(location, part.file, expected, self.settings, stop, part.grow)
             os.fdatasync(part.file)
+            _used_now(part.file)
             named = state if expected.size is None else expected  # as it will be asked for
             reader = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -325,6 +325,14 @@ class _Part:
                 f"{shown(self._location)}: has {f'{size / GIB:.2f} GiB' if self._known else 'more'}, the cache "
                 f"{self._cache.path} may hold {bound}; give a larger data.shard_cache_gib"
             )
+
+
+def _used_now(file: int) -> None:
+    """Note the time of use. Not the kernel's own, which stands still for some milliseconds: what is used in one of its
+    ticks would be of one age."""
+    now = time.time_ns()
+    with suppress(OSError):
+        os.utime(file, ns=(now, now))
 
 
 def _stem(location: str, state: State) -> str:

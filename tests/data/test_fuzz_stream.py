@@ -18,6 +18,8 @@ from fdscale.data.order import Order
 from fdscale.data.stream import Samples
 from fdscale.data.tar import BLOCK, IMAGE_EXTENSIONS
 
+pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
+
 
 def samples_of(folder: Path) -> Samples:
     opened = open_index(folder)

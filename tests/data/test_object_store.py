@@ -21,6 +21,8 @@ from fdscale.data.sources import Settings
 pytest.importorskip("s3fs")
 moto = pytest.importorskip("moto.server")
 
+pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
+
 QUICK = Settings(tries=3, timeout_s=3.0, wait_s=0.01)
 
 

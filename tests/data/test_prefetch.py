@@ -27,6 +27,8 @@ from fdscale.data.shards import make
 from fdscale.data.sources import Settings
 from fdscale.data.stream import Samples, batches, evaluation_batches
 
+pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
+
 QUICK = Settings(tries=4, timeout_s=2.0, wait_s=0.01)
 
 

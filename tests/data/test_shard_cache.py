@@ -20,6 +20,8 @@ from fdscale import UserError
 from fdscale.data.shard_cache import ShardCache
 from fdscale.data.sources import Settings, State, Stop, Stopped
 
+pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
+
 QUICK = Settings(tries=3, timeout_s=2.0, wait_s=0.01)
 SIZE = 400_000
 FORK = multiprocessing.get_context("fork")

@@ -18,6 +18,8 @@ from fdscale import UserError
 from fdscale.data import files, sources
 from fdscale.data.sources import Settings, State, Stop, Stopped, fetch, is_remote, look, place_hash, shown, where
 
+pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
+
 QUICK = Settings(tries=4, timeout_s=0.4, wait_s=0.01)
 DATA = np.random.default_rng(0).bytes(3 * 2**20 + 77)
 UNKNOWN = State()

@@ -16,6 +16,8 @@ from fdscale.data.shard_cache import ShardCache
 from fdscale.data.stats import stats
 from fdscale.data.verify import verify
 
+pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
+
 
 @pytest.fixture
 def local(tmp_path, pack, members):
