@@ -129,8 +129,7 @@ class ShardCache:
             raise UserError(f"{path}: cannot be opened ({error.strerror}); empty the folder, or name another") from None
         found = os.fstat(file)
         if stat.S_ISREG(found.st_mode) and found.st_size == expected.size:
-            with suppress(OSError):
-                os.utime(file)  # last used now
+            _used_now(file)
             return file
         os.close(file)
         with suppress(FileNotFoundError):
@@ -144,6 +143,7 @@ class ShardCache:
             state = sources.fetch(location, part.file, expected, self.settings, stop, part.grow)
             os.fdatasync(part.file)
             named = state if expected.size is None else expected  # as it will be asked for
+            _used_now(part.file)
             reader = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 os.rename(part.path, self._file(location, named))
@@ -330,6 +330,13 @@ class _Part:
 def _stem(location: str, state: State) -> str:
     name = hashlib.sha256(f"{shown(location)}\n{state.version}".encode()).hexdigest()[:32]
     return f"{name}-{'new' if state.size is None else state.size}"
+
+
+def _used_now(file: int) -> None:
+    """Date the last use of a shard, by the precise clock: by its own the kernel dates all uses of some ms alike."""
+    now = time.time_ns()
+    with suppress(OSError):
+        os.utime(file, ns=(now, now))
 
 
 def _is_at(file: int, path: str) -> bool:

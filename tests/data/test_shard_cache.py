@@ -220,6 +220,21 @@ def test_what_was_not_used_for_longest_goes_and_open_files_are_read_on(cache, we
     assert web.gets() == 1
 
 
+def test_uses_right_after_one_another_are_told_apart(cache, web):
+    """Several within a tick of the clock by which the kernel dates files, as when all lanes change blocks."""
+    expected = {i: state_of(web, i) for i in range(10)}
+    for i in range(10):
+        got(cache, web, i, expected[i])
+    order = np.random.default_rng(0).permutation(10).tolist()
+    for i in order:
+        os.close(cache.open(f"{web.url}/{i}.tar", expected[i])[0])
+    for left in range(9, 0, -1):
+        smaller = ShardCache(cache.path, left * SIZE, QUICK)
+        assert smaller.make_room(0, "none")
+        there = [i for i in order if os.path.exists(smaller._file(f"{web.url}/{i}.tar", expected[i]))]
+        assert there == order[-left:]
+
+
 @pytest.mark.slow
 def test_the_bound_holds_while_many_fetch_at_once(cache, web):
     web.pace_s = 0.01
