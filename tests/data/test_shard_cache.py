@@ -55,9 +55,9 @@ def kept(cache) -> list[str]:
 
 def waited(condition, seconds=30.0) -> bool:
     end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
+    while not (found := condition()) and time.monotonic() < end:
         time.sleep(0.01)
-    return bool(condition())
+    return bool(found)
 
 
 def test_a_shard_is_fetched_once_and_stays(cache, web):
@@ -189,9 +189,12 @@ def test_leftovers_of_the_dead_go_and_parts_of_the_living_stay(cache, web):
 
     thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
-    assert waited(
-        lambda: len([name for name in kept(cache) if name.endswith(".part")]) == 1 and not os.path.exists(dead)
-    )
+
+    def only_its_own() -> bool:
+        parts = [name for name in kept(cache) if name.endswith(".part")]
+        return len(parts) == 1 and os.path.basename(dead) not in parts
+
+    assert waited(only_its_own)
     got(cache, web, 2)
     assert not os.path.exists(lock)
     assert os.path.exists(foreign)
