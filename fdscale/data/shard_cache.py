@@ -146,7 +146,8 @@ class ShardCache:
             _used_now(part.file)
             reader = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                os.rename(part.path, self._file(location, named))
+                with self.room(stop):  # whoever counts the room must see it under one of its names
+                    os.rename(part.path, self._file(location, named))
             except BaseException:
                 os.close(reader)
                 raise
