@@ -53,6 +53,7 @@ setup(
             "types-PyYAML",
             "pre-commit>=3.7",
             "moto[server]>=5.0",  # an S3 server for the tests of remote shards
+            "simplejpeg>=1.8",  # another decoder for the tests of ours
         ],
     },
     entry_points={"console_scripts": ["fdscale=fdscale.cli:main"]},

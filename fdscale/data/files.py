@@ -87,7 +87,10 @@ def name_of(path: str, root: str) -> str:
 def index_folder(index_dir: str | None, root: str) -> str:
     """Where the index of the shards below `root` lies. Raises UserError if it has to be named."""
     if index_dir is None and (is_remote(root) or not os.path.isdir(root)):
-        raise UserError(f"{root}: nothing can be written beside these shards; say where their index lies (--index DIR)")
+        raise UserError(
+            f"{root}: nothing can be written beside these shards; say where their index lies (--index DIR, in a recipe "
+            "data.index)"
+        )
     return os.path.abspath(index_dir or os.path.join(root, "index"))
 
 
@@ -129,6 +132,8 @@ def write_atomically(path: str, data: bytes | Iterable[bytes]) -> None:
 def parts_of(pattern: Shards) -> list[str]:
     """The folders, patterns, paths and locations that were given."""
     parts = [pattern] if isinstance(pattern, (str, os.PathLike)) else pattern
+    if not all(os.fspath(part) for part in parts):
+        raise UserError("no shards given: an empty text; give a folder, a pattern or a list of tar files")
     return [os.fspath(part).removeprefix("file://") for part in parts]
 
 

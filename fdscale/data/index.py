@@ -191,7 +191,7 @@ def match(
     if len(roots) > 1:
         raise UserError(f"{index_dir}: the shards lie below several folders ({', '.join(roots)}); use one index each")
     if not chosen:
-        raise UserError(f"{index_dir}: lists none of the {len(paths)} shards given; name the right place (--index DIR)")
+        raise UserError(f"{index_dir}: lists none of the {len(paths)} shards given; name the right one (--index)")
     listed = [pattern for part in parts_of(shards) for pattern in patterns_of(part) if glob.has_magic(pattern)]
     others = [roots[0] + name for name in sorted(set(entries) - {entry.name for _, entry in chosen}, key=natural)]
     gone = [path for path in others if any(means(one, path) for one in listed)]

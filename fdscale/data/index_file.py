@@ -115,7 +115,7 @@ def load_entries(path: str) -> list[Entry]:
         if content["fingerprint"] != fingerprint(entries):
             raise UserError(f"{path}: was changed (its fingerprint does not fit); run fdscale shards index again")
     except FileNotFoundError:
-        raise UserError(f"{path}: no index there; run fdscale shards index, or name its place (--index DIR)") from None
+        raise UserError(f"{path}: no index there; run fdscale shards index, or name it (--index, data.index)") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, UserError):
             raise

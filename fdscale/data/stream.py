@@ -33,6 +33,8 @@ from fdscale.data.sources import end_when_told
 
 Batches = Generator[dict[str, Any], None, None]
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
+# A scheduler signals every process of a job; the main process decides what to do, and needs its data until then.
+FOR_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 TRIES = 8  # others drawn for a lost sample, first from its shard, which is at hand, then as many from the whole set
 
 
@@ -232,7 +234,11 @@ def _deliver(
         worker_init_fn=partial(_begin_worker, told=told),
         generator=torch.Generator(),  # for a worker seed that nothing here uses: the run's generator stays untouched
     )
-    iterator = iter(loader)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, FOR_MAIN)  # by the workers too, until they know to ignore them
+    try:
+        iterator = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     stop = partial(_stop_workers, iterator, ahead, told)
     atexit.register(stop)  # workers ignore SIGTERM, so multiprocessing would wait for them for ever at exit
     try:
@@ -284,9 +290,9 @@ def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> di
 
 
 def _begin_worker(worker: int, told: list[int]) -> None:
-    # A scheduler signals every process of a job; the main process decides what to do, and needs its data until then.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in FOR_MAIN:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FOR_MAIN)
     die_with_parent()
     torch.set_num_threads(1)
     if told:

@@ -302,7 +302,7 @@ def test_a_damaged_sidecar_is_refused(shards):
 
 
 def test_without_an_index_the_error_says_how_to_make_one(shards):
-    with pytest.raises(UserError, match=r"no index there; run fdscale shards index, .*--index DIR"):
+    with pytest.raises(UserError, match=r"no index there; run fdscale shards index, .*--index, data.index"):
         open_index(shards)
 
 
@@ -355,6 +355,7 @@ def test_expand(tmp_path):
         (at + "s-{1..3}.tar", "1 of 3 shards do not exist, the first: .*s-3.tar"),
         (at + "nothing.tar", "do not exist"),
         ([], "no shards given"),
+        ("", "no shards given: an empty text"),
         ([at + "s-1.tar", at + "s-{1,2}.tar"], "named twice"),
         (at + "s-{1.tar", "do not exist|do not match"),
     ):

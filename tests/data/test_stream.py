@@ -121,10 +121,11 @@ def test_the_sequence_and_the_pixels_survive_every_change(samples):
         (12, 0, 12, 1, 1),
         (4, 1, 24, 6, 1),
         (6, 0, 36, 3, 1),
+        (1, 5, 12, 1, 1),
     ):
         got += draw(samples, len(got), steps, world=world, workers=workers, batch_size=batch_size, micro_batch=micro)
     assert got == reference[: len(got)]
-    assert len(got) == 180
+    assert len(got) == 192
 
 
 def test_beyond_the_span_samples_and_their_views_repeat_under_new_numbers(samples):
@@ -331,7 +332,7 @@ def test_closing_stops_the_workers_and_so_does_forgetting(samples):
 def test_signals_of_a_scheduler_do_not_stop_the_workers(samples):
     before = children()
     stream = batches(samples, batch_size=12, micro_batch=2, rank=0, world=1, start=0, workers=2)
-    next(stream)
+    next(stream)  # by one of them; the other may not have begun
     for pid in children() - before:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(pid, number)
