@@ -144,7 +144,6 @@ class ShardCache:
             os.fdatasync(part.file)
             _used_now(part.file)
             named = state if expected.size is None else expected  # as it will be asked for
-            _used_now(part.file)
             reader = os.open(part.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 with self.room(stop):  # whoever counts the room must see it under one of its names
@@ -340,13 +339,6 @@ def _used_now(file: int) -> None:
 def _stem(location: str, state: State) -> str:
     name = hashlib.sha256(f"{shown(location)}\n{state.version}".encode()).hexdigest()[:32]
     return f"{name}-{'new' if state.size is None else state.size}"
-
-
-def _used_now(file: int) -> None:
-    """Date the last use of a shard, by the precise clock: by its own the kernel dates all uses of some ms alike."""
-    now = time.time_ns()
-    with suppress(OSError):
-        os.utime(file, ns=(now, now))
 
 
 def _is_at(file: int, path: str) -> bool:
