@@ -8,8 +8,8 @@ How many samples a shard should hold is said by
     DALI's wds2idx          NAME.idx, v1.1 or v1.2
 A shard that holds another number was damaged before our index could see it, or their index is of another state.
 
-Offsets: only DALI's v1.2 gives what our index needs, name, place and size of every member. Reading it is two to three
-times as fast as reading the headers from memory, and on a slow file system it saves a read per sample; but headers that
+Offsets: only DALI's v1.2 gives what our index needs, name, place and size of every member. Reading it is about
+twice as fast as reading the headers from memory, and on a slow file system it saves a read per sample; but headers that
 are not read are not checked. So it is used only where `trust_idx` asks for it, and only if its members fill the shard
 without a gap up to an end mark and CHECKED of the headers, spread evenly, are whole and agree.
 """

@@ -32,9 +32,7 @@ from fdscale import UserError
 CHUNK = 2**20  # bytes read at a time
 MOST_WAIT_S = 30.0  # between two attempts
 MOST_ASKED_WAIT_S = 120.0  # if the server itself says how long (Retry-After)
-PROGRESS = (
-    2**20
-)  # bytes: an attempt that brought so much more than all before it makes the count of attempts start anew
+PROGRESS = 2**20  # bytes more than in all attempts before: then attempts are counted anew
 SLOWEST = 64 * 2**10  # bytes in timeout_s: a source that sends less has stopped, though not quite
 SURE = 2  # attempts before a shard counts as gone or changed: a proxy may err once
 
