@@ -175,7 +175,7 @@ def distill(
         raise UserError(
             f"{run.lost} samples could not be had and were replaced since this start, more than data.lost_budget "
             f"{settings.data.lost_budget:g} allows: they are listed in {directory}/lost-*.log. Repair them (`fdscale "
-            f"shards verify --decode` names all), or set a larger budget; the state of step {state.step} is saved"
+            f"shards verify --decode` names all), or set a larger one; the same command goes on from step {state.step}"
         )
     if run.stopped_by:
         run.say(f"stopped by {run.stopped_by} at step {state.step}; the same command goes on from here")

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fdscale import UserError, config, dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
 LOST_QUIET_S = 60.0  # then one in so many seconds
 LOST_OVER_AT_LEAST = 10_000  # samples: the budget is a share of these or of all seen, so that a start allows a few
@@ -210,7 +211,7 @@ class Losses:
         if replaced and self._file is None:
             self._file = (self._directory / f"lost-{dist.rank()}.log").open("a", buffering=1)
         for one in replaced:
-            self._file.write("\t".join(str(field) for field in one) + "\n")
+            self._file.write("\t".join(str(field).translate(SPACES) for field in one) + "\n")
             self._tell(one)
         self._new += len(replaced)
 

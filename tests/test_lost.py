@@ -104,3 +104,16 @@ def test_a_feature_cache_of_damaged_shards_names_them_and_replays_what_the_live_
     assert strict.returncode == 2
     assert "more than data.lost_budget 0 allows" in strict.stderr
     assert "Traceback" not in strict.stderr
+
+
+def test_a_message_or_name_of_many_lines_stays_one_line(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    from fdscale.data.lost import Replaced
+    from fdscale.run import Losses
+
+    losses = Losses(tmp_path, Console(stderr=True))
+    losses.add([Replaced(7, "a.tar", "odd\tname", "first line\nsecond line", "b.tar", "x"), Replaced(8, *"abcde")])
+    losses.close()
+    assert [line.count("\t") for line in (tmp_path / "lost-0.log").read_text().split("\n")] == [5, 5, 0]
+    assert losses.take() == 2
