@@ -39,6 +39,7 @@ format: $(STAMP) ## rewrite into the project's style
 
 bench: $(STAMP) ## measure data loading and a training step against what else there is
 	$(BIN)/fdscale bench data
+	$(BIN)/fdscale bench workers
 	$(BIN)/fdscale bench shuffle
 	$(BIN)/fdscale bench step
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdscale import UserError, config, dist
+from fdscale import UserError, config, dist, keys
 from fdscale.data import features
 from fdscale.data.augment import eval_view, train_view
 from fdscale.data.features import Features, Plan
@@ -139,7 +139,7 @@ def stored_as(settings: config.Config) -> str:
     return "float32" if settings.cache.dtype == "same" else settings.cache.dtype
 
 
-def open_sets(data: config.Data) -> Index | Joined:
+def open_sets(data: keys.Data) -> Index | Joined:
     """The training data: one set, or with data.weights several."""
     assert data.shards is not None
     count = len(data.shards)
@@ -155,7 +155,7 @@ def open_sets(data: config.Data) -> Index | Joined:
     return Joined([open_index(one, place, cache) for one, place in zip(data.shards, places, strict=True)])
 
 
-def shard_cache(data: config.Data) -> ShardCache:
+def shard_cache(data: keys.Data) -> ShardCache:
     """Where this machine keeps shards that lie elsewhere."""
     return ShardCache(
         data.shard_cache,

@@ -243,6 +243,12 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
     sub.add_argument("--json", metavar="FILE", help=to)
 
+    text = "measure worker processes against threads, in a training step"
+    sub = _verb(tables, "workers", "fdscale.bench.workers:main", text, "fdscale bench workers --json workers.json")
+    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
+    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
     text = "measure how well batches are mixed"
     sub = _verb(tables, "shuffle", "fdscale.bench.shuffle:main", text, "fdscale bench shuffle --json shuffle.json")
     sub.add_argument("--json", metavar="FILE", help=to)

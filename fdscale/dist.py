@@ -159,29 +159,30 @@ def any_rank(flag: bool) -> bool:
 
 
 class Agreement:
-    """Counts and flags of all ranks, added up without ever waiting for a slow one inside the step.
+    """Named sums over all ranks, without ever waiting for a slow one inside the step.
 
     `exchange(values)` starts the reduction of this step's values and returns the sums of the previous step's, so all
     ranks act on the same answer at the same step, and the message has had a whole step to travel.
     """
 
-    def __init__(self, count: int):
-        self._count = count
+    def __init__(self, *names: str):
+        self._names = names
         self._pending: tuple[torch.Tensor, Any] | None = None
 
-    def exchange(self, *values: int) -> tuple[int, ...]:
-        """The sums over ranks of the previous call's values (all 0 on the first call).
+    def exchange(self, values: dict[str, float]) -> dict[str, float]:
+        """The sums over ranks of the previous call's values, by name; what is not given counts as 0.
 
-        With one rank, this call's.
+        All 0 on the first call; with one rank, this call's. Whole numbers are exact up to 2^53.
         """
-        assert len(values) == self._count
+        assert values.keys() <= set(self._names), values
+        mine = [float(values.get(name, 0)) for name in self._names]
         if world() == 1:
-            return tuple(int(value) for value in values)
-        sums = (0,) * self._count
+            return dict(zip(self._names, mine, strict=True))
+        sums = [0.0] * len(mine)
         if self._pending is not None:
             before, work = self._pending
             work.wait()
-            sums = tuple(before.tolist())
-        tensor = torch.tensor([int(value) for value in values])
+            sums = before.tolist()
+        tensor = torch.tensor(mine, dtype=torch.float64)
         self._pending = (tensor, torch_dist.all_reduce(tensor, group=_host_group, async_op=True))
-        return sums
+        return dict(zip(self._names, sums, strict=True))

@@ -29,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fdscale import UserError, config, dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+TOLD = ("stop", "nonfinite", "lost")  # what ranks tell each other at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
 LOST_QUIET_S = 60.0  # then one in so many seconds
@@ -50,10 +51,10 @@ class Run:
         self.lost = 0  # samples replaced since this start, over all ranks
         self.over_budget = False  # whether these are more than data.lost_budget allows
         self._signal: str | None = None
-        self._agreement = dist.Agreement(3)
+        self._agreement = dist.Agreement(*TOLD)
+        self._told: dict[str, float] = {}  # what this rank says at the next exchange
         self._seen = 0  # samples trained on since this start, over all ranks
         self._losses = Losses(self.directory, self.console)
-        self._nonfinite = False
         self._previous: dict[int, Any] = {}
         self._sinks: list[Any] = []
         self._progress: Progress | None = None
@@ -125,23 +126,25 @@ class Run:
             self._signal = name
             os.write(2, f"\n{name}: stopping after this step, then saving\n".encode())
 
-    def report_nonfinite(self, nonfinite: bool) -> None:
-        """Tell this rank's verdict on its loss; all ranks learn it at the next `should_stop`."""
-        self._nonfinite |= nonfinite
+    def tell(self, name: str, value: float = 1) -> None:
+        """Add to what this rank says under a name of TOLD; all ranks hear the sum in `should_stop`."""
+        self._told[name] = self._told.get(name, 0) + value
 
     def should_stop(self, step: int) -> bool:
         """Whether all ranks agreed to stop before this step.
 
-        A collective without a device sync: flags and counts are read one step later.
+        A collective without a device sync: what ranks tell is heard one step later.
         """
-        lost = self._losses.take()
-        stop, nonfinite, lost = self._agreement.exchange(self._signal is not None, self._nonfinite, lost)
-        self.diverged |= nonfinite > 0
-        self.lost += lost
+        self.tell("stop", self._signal is not None)
+        self.tell("lost", self._losses.take())
+        told, self._told = self._told, {}
+        heard = self._agreement.exchange(told)
+        self.diverged |= heard["nonfinite"] > 0
+        self.lost += int(heard["lost"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
-        if stop:
+        if heard["stop"]:
             self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
-        return bool(stop or nonfinite or self.over_budget)
+        return bool(heard["stop"] or self.diverged or self.over_budget)
 
     def report_lost(self, replaced: list[Any]) -> None:
         """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from fdscale import dist
-from fdscale.config import Log, Save
 from fdscale.engine.metrics import Meter
 from fdscale.engine.optim import set_lr
+from fdscale.keys import Log, Save
 from fdscale.run import Run
 
 
@@ -55,7 +55,7 @@ def train(
         state.step += 1
         state.samples += batch_size
         run.advance(state.step, batch_size)
-        run.report_nonfinite(meter.end_step(engine.was_step_applied()))
+        run.tell("nonfinite", meter.end_step(engine.was_step_applied()))
 
         due = due_at(state.step, stop_at)
         heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}

@@ -17,17 +17,18 @@ MAY_IMPORT = {
     "kernels": set(),
     "dist": set(),
     "strict": set(),
-    "config": {"strict"},
+    "keys": {"strict"},
+    "config": {"strict", "keys"},
     "data": set(),
     "models": {"kernels"},
     "objective": {"kernels"},
-    "run": {"config", "dist"},
-    "engine": {"config", "dist", "run"},
-    "train": {"engine", "run", "config", "dist"},
+    "run": {"config", "keys", "dist"},
+    "engine": {"config", "keys", "dist", "run"},
+    "train": {"engine", "run", "keys", "dist"},
     "diagnose": {"models", "data"},
     "cli": {"config", *APPS},
     **{
-        app: {"train", "models", "data", "objective", "engine", "run", "diagnose", "config", "dist", *APPS}
+        app: {"train", "models", "data", "objective", "engine", "run", "diagnose", "config", "keys", "dist", *APPS}
         for app in APPS
     },
 }

@@ -1,4 +1,4 @@
-"""`fdscale bench data` runs and reports what it says; how fast anything is, no test asserts."""
+"""`fdscale bench data` and `workers` run and report what they say; how fast anything is, no test asserts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_bench_data_measures_every_table(tmp_path: Path) -> None:
     measured = [(of, DECODE) for of in result["decode"].values()]
     assert set(result["loader"]) == {"1", "2"}
     measured += [(of, {"webdataset", "fdscale"}) for of in result["loader"].values()]
-    measured += [(result["workers"], {"processes", "threads"}), (result["index"], {"tarfile", "fdscale"})]
+    measured += [(result["index"], {"tarfile", "fdscale"})]
     for of, ways in measured:
         assert set(of["seconds"]) == {"wall", "cpu"}
         for taken in of["seconds"].values():
@@ -35,6 +35,19 @@ def test_bench_data_measures_every_table(tmp_path: Path) -> None:
         for name in ways:
             assert f"\n| {name} | " in done.stdout
     assert done.stdout.count("| way | ") == len(measured)
+
+
+@pytest.mark.slow
+def test_bench_workers_measures_every_way(tmp_path: Path) -> None:
+    done = run_cli("bench", "workers", "--quick", "--json", tmp_path / "workers.json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "workers.json").read_text())
+    ways = {"no loader", *(f"{count} {kind}" for kind in ("processes", "threads") for count in (2, 4))}
+    ways |= {"1 process", "1 thread"}
+    assert set(result["step"]) == set(result["wait"]) == ways == set(result["alone"]) | {"no loader"}
+    for name in ways:
+        assert len(result["step"][name]) == len(result["wait"][name]) == 1
+        assert f"\n| {name} | " in done.stdout
 
 
 def test_photographs_are_jpegs_of_about_the_size_asked_for() -> None:

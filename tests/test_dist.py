@@ -87,8 +87,9 @@ def _agree(rank: int, port: int, queue: mp.Queue) -> None:
         RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     dist.init()
-    agreement = dist.Agreement(2)
-    seen = [agreement.exchange(rank == 1 and step == 2, rank * step) for step in range(5)]
+    agreement = dist.Agreement("flag", "count", "silent")
+    told = [{"flag": rank == 1 and step == 2, "count": rank * step} for step in range(5)]
+    seen = [tuple(agreement.exchange(values).values()) for values in told]
     queue.put((rank, seen, dist.gather(rank), dist.any_rank(rank == 2), dist.total(torch.tensor([float(rank)])).item()))
     dist.close()
 
@@ -110,7 +111,7 @@ def test_flags_and_counts_reach_all_ranks_one_step_later() -> None:
         process.join(60)
     for rank, (own, seen, gathered, anyone, total) in enumerate(found):
         assert own == rank
-        assert seen == [(0, 0), (0, 0), (0, 3), (1, 6), (0, 9)]
+        assert seen == [(0, 0, 0), (0, 0, 0), (0, 3, 0), (1, 6, 0), (0, 9, 0)]
         assert gathered == [0, 1, 2]
         assert anyone
         assert total == 3.0

@@ -1,4 +1,4 @@
-"""`fdscale bench data`: decoding, the whole loader, indexing, and threads against processes, each beside its rival.
+"""`fdscale bench data`: decoding, the whole loader and indexing, each beside its rival.
 
 The photographs are crops of real ones, scaled, with sensor noise, in the sizes and with about the bytes per pixel that
 ImageNet's have. All ways of a table take turns in random order within one process, so that whatever else the machine
@@ -18,7 +18,6 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
@@ -89,12 +88,6 @@ def measure(rounds: int, effort: Effort) -> dict[str, Any]:
             ways = {"webdataset": partial(webdataset_pass, shards), "fdscale": partial(stream_pass, shards)}
             passes = {name: partial(way, workers, effort.loader_batches) for name, way in ways.items()}
             result["loader"][str(workers)] = {"images": count, "seconds": in_turns(passes, rounds)}
-        passes = {
-            "processes": partial(stream_pass, shards, 2, effort.loader_batches),
-            "threads": partial(thread_pass, shards, 2, effort.loader_batches),
-        }
-        count = effort.loader_batches * BATCH
-        result["workers"] = {"images": count, "seconds": in_turns(passes, rounds)}
     with one_core(), tempfile.TemporaryDirectory() as folder:
         tar = many_members(Path(folder), effort.indexed_samples)
         passes = {"tarfile": partial(walk_with_tarfile, tar), "fdscale": partial(index_anew, tar)}
@@ -259,27 +252,6 @@ def stream_pass(shards: str, workers: int, wanted: int) -> float:
         stream.close()
 
 
-def thread_pass(shards: str, workers: int, wanted: int) -> float:
-    """The same samples by a pool of threads in this process, a batch per thread at a time, as many ahead."""
-    samples = samples_of(shards)
-
-    def batch(number: int) -> torch.Tensor:
-        numbers = list(range(number * BATCH, (number + 1) * BATCH))
-        return torch.stack([sample.image for sample in samples.__getitems__(numbers)])
-
-    def stream(pool: ThreadPoolExecutor) -> Iterator[torch.Tensor]:
-        ahead = [pool.submit(batch, number) for number in range(PREFETCH * workers)]
-        for number in itertools.count(len(ahead)):
-            ahead.append(pool.submit(batch, number))
-            yield ahead.pop(0).result()
-
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            return timed(stream(pool), workers, wanted)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
 def walk_with_tarfile(folder: Path) -> None:
     """What Python's own reader takes to list the members."""
     with tarfile.open(folder / "many.tar") as tar:
@@ -331,6 +303,5 @@ def print_tables(result: dict[str, Any]) -> None:
     for workers, of in result["loader"].items():
         title = f"Whole loader, worker processes: {workers}; the smaller photographs from tars"
         table(title, of["images"], "images", of["seconds"], "webdataset")
-    table("Worker model: two of each", result["workers"]["images"], "images", result["workers"]["seconds"], "threads")
     title = "Indexing on one core: a tar of samples with three members each, from the page cache"
     table(title, result["index"]["samples"], "samples", result["index"]["seconds"], "tarfile")

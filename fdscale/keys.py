@@ -1,0 +1,229 @@
+"""Every key of a run, with its default, bounds, unit and source, in frozen sections. Nothing here reads or checks.
+
+Fields marked `neutral` do not change the sequence of weights beyond rounding (where the data lies, how much is logged,
+how the batch is cut); all others are hashed into every checkpoint and must match on resume.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from fdscale.strict import option
+
+
+@dataclass(frozen=True)
+class Student:
+    """The network that learns."""
+
+    model: str = option("swin_v2", "architecture", choices=("swin_v2", "vit"))
+    args: dict[str, Any] = option(
+        {}, "constructor arguments of fdscale.models.swin_v2.SwinV2 or fdscale.models.vit.ViT"
+    )
+    weights: str | None = option(None, "file of initial weights; null: random, as the paper's students are")
+    seed: int = option(0, "seed of initial weights and drop path", low=0, high=2**63 - 1)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen network whose last feature map is learnt."""
+
+    source: str = option("", "timm:NAME, fdscale:swin_v2, fdscale:vit, or python:MODULE:CALLABLE for any torch module")
+    args: dict[str, Any] = option({}, "constructor arguments of the teacher")
+    weights: str | None = option(None, "local weight file; the word random gives random weights on purpose")
+    image_size: int | None = option(None, "pixels; null: the student's view is given as it is", low=8)
+    key: str | None = option(
+        None, "entry of the weight file that holds the weights, where it has several (EsViT: student)", neutral=True
+    )
+    feature: str = option(
+        "last",
+        "which map is learnt: the last after the final norm, or the last of a stride",
+        choices=("last", "stride4", "stride8", "stride16", "stride32"),
+    )
+    mean: tuple[float, float, float] | None = option(
+        None, "normalisation of RGB in [0, 1]; null: the one the teacher was trained with"
+    )
+    std: tuple[float, float, float] | None = option(None, "likewise")
+    dtype: str = option("float32", "precision of the teacher's forward", choices=("float32", "bfloat16", "float16"))
+    resample: str | None = option(
+        None,
+        "how the teacher's token grid is brought to the student's; null: they must be equal",
+        choices=(None, "bilinear", "bicubic", "area"),
+    )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Whitened features under smooth-L1 (arXiv 2205.14141, section 3)."""
+
+    beta: float = option(2.0, "transition of smooth-L1 from square to linear; 2.0 in the paper", low=1e-6)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, in which order, seen how."""
+
+    shards: tuple[str, ...] | None = option(
+        None, "WebDataset tars: a directory, a glob or a brace pattern, or a list of these", neutral=True
+    )
+    index: tuple[str, ...] | None = option(
+        None, "directory of the index, with data.weights one for each set; null: index/ beside the shards", neutral=True
+    )
+    weights: tuple[float, ...] | None = option(
+        None, "makes each entry of data.shards a set of its own, with this share of the samples; null: all are one set"
+    )
+    heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
+    heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
+    heldout_samples: int = option(
+        5000, "samples: evaluate on the first so many of the held-out set", low=1, neutral=True
+    )
+    seed: int = option(0, "seed of sample order and augmentation", low=0, high=2**63 - 1)
+    lanes: int | None = option(
+        None, "sequential readers that the order is woven from; null: chosen from batch and shards", low=1
+    )
+    block: int = option(4096, "samples: rows of a lane that are shuffled together", low=1)
+    image_size: int = option(224, "pixels: side of the square view", low=8)
+    scale: tuple[float, float] = option(
+        (0.08, 1.0), "area of the random crop as a share of the image", low=0.0, high=1.0
+    )
+    ratio: tuple[float, float] = option((0.75, 4 / 3), "aspect ratio of the random crop", low=0.01)
+    interpolation: str = option(
+        "bilinear", "resize filter; the official distillation uses bilinear", choices=("bilinear", "bicubic")
+    )
+    flip: float = option(0.5, "probability of a horizontal flip", low=0.0, high=1.0)
+    decode: str = option(
+        "exact",
+        "exact: every pixel as Pillow decodes it; scaled: large JPEGs at a fraction of their size where the view is at "
+        "most half the crop; pillow: Pillow's own crop and resize (slow)",
+        choices=("exact", "scaled", "pillow"),
+    )
+    workers: int = option(4, "decoding processes per rank; 0: in the training process", low=0, neutral=True)
+    prefetch: int = option(2, "micro-batches each worker prepares ahead", low=1, neutral=True)
+    shard_cache: str | None = option(
+        None,
+        "directory on a local disk for shards from elsewhere; null: one of yours in the system's temporary directory",
+        neutral=True,
+    )
+    shard_cache_gib: float = option(64.0, "GiB that it may hold, for all ranks of a machine", low=0.0, neutral=True)
+    fetch_parallel: int = option(4, "shards that each rank fetches ahead at a time", low=1, neutral=True)
+    fetch_tries: int = option(8, "attempts in a row at a shard before its source counts as down", low=1, neutral=True)
+    fetch_timeout_s: float = option(
+        30.0, "seconds until a source that sends nothing counts as failed", low=0.1, neutral=True
+    )
+    lost_budget: float = option(
+        1e-3,
+        "share of the samples since the start (of 10 000 at least) that may be damaged and replaced; above it the run "
+        "stops",
+        low=0.0,
+        high=1.0,
+        neutral=True,
+    )
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW (official repository, models/feature_distillation configs)."""
+
+    batch_size: int = option(2048, "samples per step over all ranks", low=1)
+    lr: float = option(1.2e-3, "peak learning rate, already scaled to the batch", low=0.0)
+    weight_decay: float = option(0.05, "decoupled weight decay of matrices", low=0.0)
+    betas: tuple[float, float] = option((0.9, 0.999), "AdamW moment decays", low=0.0, high=0.999999)
+    eps: float = option(1e-8, "AdamW epsilon", low=0.0)
+    clip_grad: float = option(3.0, "global gradient norm bound; 0: none", low=0.0)
+    fused: str = option(
+        "auto",
+        "whose fused AdamW updates the weights: torch, apex (NVIDIA's), or auto: apex on a GPU where it can be had",
+        choices=("auto", "torch", "apex"),
+        neutral=True,
+    )
+    layer_decay: float = option(
+        1.0, "learning rate factor per layer from the output to the input; 1: none", low=1e-3, high=1.0
+    )
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Cosine with linear warm-up, as timm's CosineLRScheduler; lengths in steps, or in epochs of the data."""
+
+    steps: int | None = option(None, "steps of the whole run", low=1)
+    epochs: float | None = option(None, "the same in epochs", low=0.0)
+    warmup_steps: int | None = option(None, "steps of linear warm-up", low=0)
+    warmup_epochs: float | None = option(None, "the same in epochs", low=0.0)
+    warmup_lr: float = option(0.0, "learning rate at step 0", low=0.0)
+    min_lr: float = option(0.0, "learning rate at the end", low=0.0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """How a step is cut to fit; none of it changes what is learnt."""
+
+    micro_batch: int = option(128, "samples per forward on one rank", low=1, neutral=True)
+    checkpoint: tuple[str, ...] = option(
+        ("none",),
+        "activation checkpointing of the blocks: none, torch, deepspeed, fairscale or fairscale_offload; one value, "
+        "or one per stage",
+        choices=("none", "torch", "deepspeed", "fairscale", "fairscale_offload"),
+        neutral=True,
+    )
+    attention_chunk: tuple[int, ...] = option(
+        (0,),
+        "sequential self-attention: windows (SwinV2) or heads (ViT) at a time, 0: all at once; one value, or one per "
+        "stage (SwinV2 paper, 3.4)",
+        low=0,
+        neutral=True,
+    )
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Teacher features written once, by `fdscale cache`, and replayed ever after."""
+
+    epochs: float | None = option(
+        None,
+        "after so many epochs, whole or not, samples and their augmentation repeat, so that features written for them "
+        "serve the whole run; the live teacher repeats them too; null: never",
+        low=1e-9,
+    )
+    dtype: str = option(
+        "same",
+        "precision of the target: same (float32, as the teacher gives it), bfloat16, int8 or float8 (one scale per "
+        "token); the live teacher's is rounded likewise",
+        choices=("same", "bfloat16", "int8", "float8"),
+    )
+    features: str | None = option(None, "directory that `fdscale cache` wrote; null: the live teacher", neutral=True)
+    file_mib: int = option(1024, "MiB: size of the files that `fdscale cache` writes", low=1, neutral=True)
+
+
+@dataclass(frozen=True)
+class Save:
+    """Checkpoints."""
+
+    every: int = option(1000, "steps between checkpoints; the end of a run is always saved", low=1, neutral=True)
+    keep: int = option(3, "newest checkpoints that are kept", low=1, neutral=True)
+
+
+@dataclass(frozen=True)
+class Log:
+    """What is written about a run."""
+
+    every: int = option(10, "steps between log lines", low=1, neutral=True)
+    heldout_every: int = option(1000, "steps between held-out evaluations", low=1, neutral=True)
+    samples: bool = option(False, "write one line per sample (number, shard, key) to samples-RANK.log", neutral=True)
+    tensorboard: bool = option(True, "write TensorBoard events when tensorboard is installed", neutral=True)
+    wandb: str | None = option(None, "Weights & Biases project; null: off", neutral=True)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A complete run."""
+
+    student: Student = field(default_factory=Student)
+    teacher: Teacher = field(default_factory=Teacher)
+    objective: Objective = field(default_factory=Objective)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    schedule: Schedule = field(default_factory=Schedule)
+    memory: Memory = field(default_factory=Memory)
+    cache: Cache = field(default_factory=Cache)
+    save: Save = field(default_factory=Save)
+    log: Log = field(default_factory=Log)
