@@ -1,7 +1,8 @@
 """The command line: one verb per thing a person wants. No logic here, and nothing heavy is imported before a verb runs.
 
 Exit codes: 0 done, 1 a bug (with traceback), 2 something to put right (one line), 3 the loss diverged, 75 stopped by a
-signal after saving (start the same command again to go on), 130 Ctrl-C (while training: the second).
+signal after saving (start the same command again to go on), 76 another start has taken the run over, 130 Ctrl-C
+(while training: the second).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from collections.abc import Sequence
 
 from fdscale import UserError, __version__
 
-USAGE_ERROR = 2
 INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
 RAW = argparse.RawDescriptionHelpFormatter
@@ -274,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"fdscale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-        return USAGE_ERROR
+        return error.exit_code
     except RuntimeError as error:
         if not any(sign in str(error) for sign in PEER_GONE):
             raise

@@ -48,7 +48,9 @@ def train(
     while state.step < stop_at and not run.should_stop(state.step):
         set_lr(engine.optimizer, schedule(state.step))
         for _ in range(engine.gradient_accumulation_steps()):
-            loss = engine(*prepare(meter.wait(batches)))
+            batch = meter.wait(batches)
+            run.clock.mark_once("data")
+            loss = engine(*prepare(batch))
             engine.backward(loss)
             engine.step()
             meter.add(loss)
@@ -58,18 +60,20 @@ def train(
         run.tell("nonfinite", meter.end_step(engine.was_step_applied()))
 
         due = due_at(state.step, stop_at)
-        heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
+        heldout = aside(run, meter, "evaluation", evaluate) if due(logging.heldout_every) else {}
         if due(logging.every) or heldout:
             run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost, **heldout})
         if state.step % saving.every == 0 and healthy(meter, engine):
-            aside(meter, lambda: save(state))
+            aside(run, meter, "saving", lambda: save(state))
             saved_at = state.step
+    if run.fenced:  # what lies in the directory is another start's
+        return
     if meter.steps:  # stopped between two log lines
         run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost})
     if state.step > saved_at and not run.diverged:
         run.diverged = not healthy(meter, engine)
         if not run.diverged:
-            save(state)
+            aside(run, meter, "saving", lambda: save(state))
 
 
 def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
@@ -77,14 +81,16 @@ def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
     return lambda every: step % every == 0 or step == stop_at
 
 
-def aside(meter: Meter, work: Callable[[], Any]) -> Any:
-    """Do something that is not training, without counting its time as training."""
+def aside(run: Run, meter: Meter, name: str, work: Callable[[], Any]) -> Any:
+    """Do something that is not training, without counting its time as training. name: what the time went to."""
     _synchronise()  # what is queued still counts as training
     start = time.perf_counter()
+    run.clock.mark("steps")
     try:
         return work()
     finally:
         _synchronise()
+        run.clock.mark(name)
         meter.pause(time.perf_counter() - start)
 
 
