@@ -131,8 +131,6 @@ def test_killed_at_any_instant_leaves_a_directory_that_can_be_taken(tmp_path: Pa
         process.stdin.close()
         process.stdout.close()
         newest = max(starts.numbers(run), default=0)
-        R = starts.read(starts.path_of(run, newest)) if newest else {}
-        print(turn, newest, bool(R.get("ended")), R.get("beats"))
         start, _ = claim(run)
         assert start.number == newest + 1
         start.end(0, "")
@@ -147,8 +145,8 @@ def test_a_requeue_takes_over_at_once_and_the_stale_one_is_fenced(tmp_path: Path
     assert "looking whether it lives" in twin.stdout.readline()
     assert "in use: Slurm job 42" in twin.stdout.readline()
     fresh = claimant(run, go, **job, SLURM_RESTART_COUNT="1")
-    assert fresh.stdout.readline() == "owner 2\n"
     assert "taken over from restart 0 of this Slurm job" in fresh.stdout.readline()
+    assert fresh.stdout.readline() == "owner 2\n"
     late = claimant(run, go, **job)  # of the first life, only starting now
     assert "this is restart 0, which Slurm has given up" in late.stdout.readline()
     time.sleep(1)  # several beats
