@@ -21,6 +21,7 @@ from faults.zygote import kill
 pytestmark = pytest.mark.slow
 
 SEED = 0
+KINDS = {"kill": "kill -9 before a change of a file", "torn": "kill -9 in the middle of a write"}
 
 
 def changes(starts: Starts, world: int = 1) -> int:
@@ -62,7 +63,7 @@ def test_killed_at_a_change_of_a_file(starts: Starts, figures: Figures, how: str
         code = starts.run(run, {"FAULT_BELOW": str(below), "FAULT_AT": str(at), "FAULT_DO": how})
         assert code in ([-9], [0]), starts.output(run).read_text()  # 0: fewer changes than `at` below checkpoints/
         if code == [-9]:
-            went_on(starts, run, f"{how} -9 at change {at}".split(" at")[0] + " at a change of a file", figures)
+            went_on(starts, run, KINDS[how], figures)
 
 
 @pytest.mark.parametrize("world", [1, 2])
