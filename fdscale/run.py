@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fdscale import UserError, config, dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-TOLD = ("stop", "nonfinite", "lost")  # what ranks tell each other at every step
+TOLD = ("stop", "lost", "judged", "loss", "skipped")  # what ranks tell each other at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
 LOST_QUIET_S = 60.0  # then one in so many seconds
@@ -52,6 +52,7 @@ class Run:
         self.over_budget = False  # whether these are more than data.lost_budget allows
         self._signal: str | None = None
         self._agreement = dist.Agreement(*TOLD)
+        self._verdicts: list[tuple[float, bool]] = []  # of steps, agreed and not yet taken
         self._told: dict[str, float] = {}  # what this rank says at the next exchange
         self._seen = 0  # samples trained on since this start, over all ranks
         self._losses = Losses(self.directory, self.console)
@@ -138,13 +139,35 @@ class Run:
         self.tell("stop", self._signal is not None)
         self.tell("lost", self._losses.take())
         told, self._told = self._told, {}
-        heard = self._agreement.exchange(told)
-        self.diverged |= heard["nonfinite"] > 0
+        self._hear(self._agreement.exchange(told))
+        return bool(self.stopped_by or self.diverged or self.over_budget)
+
+    def settle(self) -> None:
+        """Hear all that ranks have told up to now; a collective that waits."""
+        told, self._told = self._told, {}
+        self._hear(self._agreement.exchange(told))
+        self._hear(self._agreement.drain())
+
+    def tell_verdicts(self, verdicts: list[tuple[float, bool]]) -> None:
+        """Steps of this rank, at most one between two exchanges: mean loss, and whether the weights were updated."""
+        for loss, applied in verdicts:
+            self.tell("judged")
+            self.tell("loss", loss)
+            self.tell("skipped", not applied)
+
+    def verdicts(self) -> list[tuple[float, bool]]:
+        """What all ranks agreed on, step after step, since the last call: mean loss, and whether it was applied."""
+        taken, self._verdicts = self._verdicts, []
+        return taken
+
+    def _hear(self, heard: dict[str, float]) -> None:
+        if heard["judged"]:
+            assert heard["judged"] == dist.world(), "ranks judge the same step"
+            self._verdicts.append((heard["loss"] / dist.world(), not heard["skipped"]))
         self.lost += int(heard["lost"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if heard["stop"]:
             self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
-        return bool(heard["stop"] or self.diverged or self.over_budget)
 
     def report_lost(self, replaced: list[Any]) -> None:
         """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""
