@@ -10,9 +10,10 @@ import argparse
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
-from fdscale import UserError, __version__
+from fdscale import UserError, __version__, signals
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -266,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # torchrun's own parser stumbles over --run (it has --run-path) on Python 3.11, unless `--` stands before the verb.
     arguments = vars(parser().parse_args(words[1:] if words[:1] == ["--"] else words))
+    if arguments["verb"] == "distill" and threading.current_thread() is threading.main_thread():
+        signals.leave_at_once()
     for key in ("verb", "what"):
         arguments.pop(key, None)
     module, _, function = arguments.pop("target").partition(":")

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from types import FrameType
@@ -27,13 +28,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fdscale import UserError, config, dist
+from fdscale.signals import STOP_SIGNALS
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-TOLD = ("stop", "lost", "judged", "loss", "skipped")  # what ranks tell each other at every step
+TOLD = ("stop", "lost", "judged", "loss", "skipped", "void")  # what ranks tell each other at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
+PATIENCE_S = 5.0  # for data after a signal, where other ranks may be waiting for this one
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
 LOST_QUIET_S = 60.0  # then one in so many seconds
 LOST_OVER_AT_LEAST = 10_000  # samples: the budget is a share of these or of all seen, so that a start allows a few
+
+
+class _LeaveWait(BaseException):
+    """Out of a wait for data, through whatever waits."""
 
 
 class Run:
@@ -52,6 +58,10 @@ class Run:
         self.over_budget = False  # whether these are more than data.lost_budget allows
         self._signal: str | None = None
         self._agreement = dist.Agreement(*TOLD)
+        self.void = 0  # last steps that did not count, since a rank left its wait for data
+        self._interrupted = self._waiting = False
+        self._aside = dist.Agreement("stop")  # outside the steps
+        self._wakeup = -1
         self._verdicts: list[tuple[float, bool]] = []  # of steps, agreed and not yet taken
         self._told: dict[str, float] = {}  # what this rank says at the next exchange
         self._seen = 0  # samples trained on since this start, over all ranks
@@ -103,9 +113,15 @@ class Run:
         for number in STOP_SIGNALS:
             with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
                 self._previous[number] = signal.signal(number, self._on_signal)
+        if self._previous:
+            self._previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._on_alarm)
+            self._wakeup = signal.set_wakeup_fd(-1)
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self._previous:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self._progress is not None:
@@ -121,11 +137,38 @@ class Run:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if number == signal.SIGINT and self._signal == "SIGINT":
+        if number == signal.SIGINT and self._interrupted:
             os._exit(130)  # the second Ctrl-C: at once, the last committed checkpoint stands
+        self._interrupted |= number == signal.SIGINT
         if self._signal is None:
             self._signal = name
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE_S if dist.world() > 1 else 0.1, 0.1)
             os.write(2, f"\n{name}: stopping after this step, then saving\n".encode())
+
+    def _on_alarm(self, number: int, frame: FrameType | None) -> None:
+        if self._waiting:
+            self._waiting = False
+            raise _LeaveWait
+
+    def wait(self, batches: Iterator[Any]) -> Any:
+        """The next batch; None where it did not come and a signal has: the iterator is then closed."""
+        try:
+            self._waiting = True
+            try:
+                return next(batches)
+            finally:
+                self._waiting = False
+        except _LeaveWait:
+            return None
+
+    def interrupted(self) -> bool:
+        """Whether all ranks agreed to leave what they do aside from training. A collective, heard one call later."""
+        if self._aside.exchange({"stop": self._signal is not None})["stop"]:
+            self._stop()
+        return self.stopped_by is not None
+
+    def _stop(self) -> None:
+        self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
 
     def tell(self, name: str, value: float = 1) -> None:
         """Add to what this rank says under a name of TOLD; all ranks hear the sum in `should_stop`."""
@@ -148,12 +191,13 @@ class Run:
         self._hear(self._agreement.exchange(told))
         self._hear(self._agreement.drain())
 
-    def tell_verdicts(self, verdicts: list[tuple[float, bool]]) -> None:
-        """Steps of this rank, at most one between two exchanges: mean loss, and whether the weights were updated."""
-        for loss, applied in verdicts:
+    def tell_verdicts(self, verdicts: list[tuple[float, bool, bool]]) -> None:
+        """Steps of this rank, at most one between two exchanges: mean loss, whether applied, whether void."""
+        for loss, applied, void in verdicts:
             self.tell("judged")
             self.tell("loss", loss)
             self.tell("skipped", not applied)
+            self.tell("void", void)
 
     def verdicts(self) -> list[tuple[float, bool]]:
         """What all ranks agreed on, step after step, since the last call: mean loss, and whether it was applied."""
@@ -163,11 +207,14 @@ class Run:
     def _hear(self, heard: dict[str, float]) -> None:
         if heard["judged"]:
             assert heard["judged"] == dist.world(), "ranks judge the same step"
-            self._verdicts.append((heard["loss"] / dist.world(), not heard["skipped"]))
+            if heard["void"]:
+                self.void += 1
+            else:
+                self._verdicts.append((heard["loss"] / dist.world(), not heard["skipped"]))
         self.lost += int(heard["lost"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if heard["stop"]:
-            self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
+            self._stop()
 
     def report_lost(self, replaced: list[Any]) -> None:
         """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""

@@ -98,7 +98,9 @@ class Detours:
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{self.path} is not readable ({error}); it says which samples this run leaves out") from None
+            raise UserError(
+                f"{self.path} is not readable ({error}); it says which samples this run leaves out"
+            ) from None
 
     def beyond(self, step: int, samples: int) -> int:
         """The sample number to go on with after this step and before this sample: another one where a detour starts."""

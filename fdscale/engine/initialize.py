@@ -280,7 +280,9 @@ def materialise(
 
 def was_applied(engine: Any) -> bool | Tensor:
     """Whether the last step updated the weights; a tensor on the device at stage 0, where nobody has waited for it."""
-    return engine.was_step_applied() if engine.zero_optimization_stage() else engine.optimizer._global_grad_norm.isfinite()
+    return (
+        engine.was_step_applied() if engine.zero_optimization_stage() else engine.optimizer._global_grad_norm.isfinite()
+    )
 
 
 def _clip_or_skip(optimizer: torch.optim.Optimizer, bound: float) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,9 @@ class Meter:
         self._batch_size, self._work, self._peak = batch_size, work, peak
         self._micro = 0  # micro-batches of the step under way
         self._step_loss: Tensor | None = None  # sum over the micro-batches of the step under way
-        self._fates: list[tuple[Tensor, torch.cuda.Event | None]] = []  # of steps: (mean loss, applied)
+        self._fates: list[
+            tuple[Tensor, torch.cuda.Event | None, bool]
+        ] = []  # of steps: (mean loss, applied), ready, void
         self._reset()
 
     def _reset(self) -> None:
@@ -64,15 +66,20 @@ class Meter:
         self._data_wait_s = 0.0
         self._start = time.perf_counter()
 
+    def restart(self) -> None:
+        """Forget the steps of this interval, and what is known of them."""
+        self._fates.clear()
+        self._reset()
+
     @property
     def steps(self) -> int:
         """Steps in this interval so far."""
         return self._steps
 
-    def wait(self, batches: Iterator[Any]) -> Any:
-        """The next batch; the time until it is there counts as waiting for data."""
+    def wait(self, take: Callable[[], Any]) -> Any:
+        """The next batch, which take() returns; the time until it is there counts as waiting for data."""
         start = time.perf_counter()
-        batch = next(batches)
+        batch = take()
         self._data_wait_s += time.perf_counter() - start
         return batch
 
@@ -87,8 +94,11 @@ class Meter:
         """Leave out time that was not training (evaluation, saving)."""
         self._start += seconds
 
-    def end_step(self, applied: bool | Tensor) -> None:
-        """Close a step; applied: whether the weights were updated, a tensor where only the device knows."""
+    def end_step(self, applied: bool | Tensor, *, void: bool = False) -> None:
+        """Close a step; applied: whether the weights were updated, a tensor where only the device knows.
+
+        void: whether it does not count, since this rank had no data for it.
+        """
         assert self._step_loss is not None
         loss, self._step_loss = self._step_loss, None
         self._loss = loss if self._loss is None else self._loss + loss
@@ -100,20 +110,20 @@ class Meter:
             fate = fate.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._fates.append((fate, event))
+        self._fates.append((fate, event, void))
 
-    def verdicts(self, *, wait: bool = False) -> list[tuple[float, bool]]:
-        """Mean loss of each step that has not been given yet, and whether it was applied.
+    def verdicts(self, *, wait: bool = False) -> list[tuple[float, bool, bool]]:
+        """Mean loss of each step that has not been given yet, whether it was applied, and whether it was void.
 
         On a GPU a step's are copied to the host behind it and given one step later; wait: all, now.
         """
         known = []
         while len(self._fates) > (0 if wait or not torch.cuda.is_available() else 1):
-            fate, event = self._fates.pop(0)
+            fate, event, void = self._fates.pop(0)
             if event is not None:
                 event.synchronize()
             loss, applied = fate.tolist()
-            known.append((loss, bool(applied)))
+            known.append((loss, bool(applied), void))
         return known
 
     def healthy(self, engine: Any) -> bool:
