@@ -10,7 +10,6 @@ import argparse
 import importlib
 import os
 import sys
-import threading
 from collections.abc import Sequence
 
 from fdscale import UserError, __version__, signals
@@ -267,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # torchrun's own parser stumbles over --run (it has --run-path) on Python 3.11, unless `--` stands before the verb.
     arguments = vars(parser().parse_args(words[1:] if words[:1] == ["--"] else words))
-    if arguments["verb"] == "distill" and threading.current_thread() is threading.main_thread():
+    if arguments["verb"] == "distill" and argv is None:
         signals.leave_at_once()
     for key in ("verb", "what"):
         arguments.pop(key, None)

@@ -250,7 +250,10 @@ def _train(
         size = settings.data.image_size
         images = torch.zeros(settings.memory.micro_batch, 3, size, size, device=dist.device())
         numbers = torch.zeros(len(images), dtype=torch.int64, device=dist.device())
-        return normalise(images, dtype), target_of(images, parts.teacher, parts.pairing), numbers
+        rows, columns = parts.pairing.student_grid
+        tokens = len(parts.pairing.student_kept) + rows * columns
+        target = torch.zeros(len(images), tokens, parts.teacher.width, device=dist.device())
+        return normalise(images, dtype), target, numbers
 
     def open_stream(samples: int) -> Generator[dict[str, Any], None, None]:
         return train_stream(parts, samples, samples + (last - state.step) * optim.batch_size)

@@ -50,7 +50,8 @@ def train(
     """Train until step `stop_at` (or a signal, or divergence), then save.
 
     open_stream gives the micro-batches from a sample number on; prepare turns one into the module's arguments, and
-    blank gives such without data; the module returns the loss. go_back handles `guard.trouble`: it changes `state`, or returns False where it cannot.
+    blank gives such without data; the module returns the loss. go_back handles `guard.trouble`: it changes `state`, or
+    returns False where it cannot.
     """
     saved_at, stream = state.step, Stream(open_stream)
 

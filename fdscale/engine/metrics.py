@@ -57,7 +57,7 @@ class Meter:
         self._step_loss: Tensor | None = None  # sum over the micro-batches of the step under way
         self._fates: list[
             tuple[Tensor, torch.cuda.Event | None, bool]
-        ] = []  # of steps: (mean loss, applied), ready, void
+        ] = []  # of steps
         self._reset()
 
     def _reset(self) -> None:

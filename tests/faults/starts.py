@@ -40,10 +40,12 @@ class Starts:
         world: int = 1,
         stage: int = 0,
         more: Sequence[str] = (),
+        options: Sequence[str] = (),
+        precision: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Start it, or go on with it; the ranks' process numbers. env: of all, such as a fault. more: settings."""
         ds = self.folder / f"zero{stage}.json"
-        ds.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        ds.write_text(json.dumps({"zero_optimization": {"stage": stage}, **(precision or {})}))
         words = [
             "distill",
             "demo",
@@ -52,6 +54,7 @@ class Starts:
             "--ds",
             ds,
             *sets(*TINY, f"data.shards={self._shards}", *SETTINGS, *more),
+            *options,
         ]
         each = ranks(free_port(), world) if world > 1 else [{}]
         return [self.zygote.start(words, self.output(run), {**own, **(env or {})}) for own in each]
@@ -72,9 +75,11 @@ class Starts:
         world: int = 1,
         stage: int = 0,
         more: Sequence[str] = (),
+        options: Sequence[str] = (),
+        precision: Mapping[str, object] | None = None,
     ) -> list[int]:
         """Start and wait."""
-        return self.end(self.begin(run, env, world, stage, more))
+        return self.end(self.begin(run, env, world, stage, more, options, precision))
 
     def output(self, run: Path) -> Path:
         """What its ranks printed, over all starts."""
