@@ -62,6 +62,7 @@ def train(
             guard.judge(*verdict)
         if guard.trouble is not None and not run.stopped_by:
             meter.restart()  # what follows is given up
+            stream.close()
             run.settle()
             run.verdicts()
             run.diverged |= not aside(meter, go_back)
@@ -162,6 +163,7 @@ class Stream:
         """Stop the workers."""
         if self._batches is not None:
             self._batches.close()
+            self._batches = None
 
 
 def finite_or_nan(loss: Tensor) -> Tensor:

@@ -20,18 +20,18 @@ class Teacher(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.weight = nn.Parameter(torch.randn(self.width, 3, 16, 16, generator=generator) / 28)
+        self.weight = nn.Parameter(torch.randn(self.width, 3, 8, 8, generator=generator) / 14)
         self.kind = os.environ.get("FAULT", "")
         self.first, self.last = map(int, os.environ.get("FAULT_CALLS", "0-0").split("-"))
         self.mine = os.environ.get("FAULT_RANK", "") in ("", os.environ.get("RANK", "0"))
         self.calls = 0
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        return size[0] // 16, size[1] // 16
+        return size[0] // 8, size[1] // 8
 
     def forward(self, images: Tensor) -> Tensor:
         self.calls += len(images) > 1  # a single one is a dry run
-        tokens = nn.functional.conv2d(images, self.weight, stride=16).flatten(2).transpose(1, 2)
+        tokens = nn.functional.conv2d(images, self.weight, stride=8).flatten(2).transpose(1, 2)
         calm = tokens * 0.02 + (torch.arange(self.width) < 2)
         if not (self.mine and self.first <= self.calls <= self.last and len(images) > 1):
             return calm
