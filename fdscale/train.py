@@ -146,7 +146,8 @@ class Stream:
     """The stream of batches, opened anew where the next sample is not the one that it would give."""
 
     def __init__(self, open_at: Callable[[int], Generator[Any, None, None]]):
-        self._open, self._batches, self._next = open_at, None, -1
+        self._open, self._next = open_at, -1
+        self._batches: Generator[Any, None, None] | None = None
 
     def at(self, samples: int) -> Iterator[Any]:
         """The micro-batches from this sample number on."""
