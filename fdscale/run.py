@@ -59,7 +59,7 @@ class Run:
         self._signal: str | None = None
         self._agreement = dist.Agreement(*TOLD)
         self.void = 0  # last steps that did not count, since a rank left its wait for data
-        self._interrupted = self._waiting = False
+        self._interrupted = self._waiting = self._left_wait = False
         self._aside = dist.Agreement("stop")  # outside the steps
         self._wakeup = -1
         self._verdicts: list[tuple[float, bool]] = []  # of steps, agreed and not yet taken
@@ -151,7 +151,9 @@ class Run:
             raise _LeaveWait
 
     def wait(self, batches: Iterator[Any]) -> Any:
-        """The next batch; None where it did not come and a signal has: the iterator is then closed."""
+        """The next batch; None where it did not come and a signal has, and ever after: the iterator is closed then."""
+        if self._left_wait:
+            return None
         try:
             self._waiting = True
             try:
@@ -159,6 +161,7 @@ class Run:
             finally:
                 self._waiting = False
         except _LeaveWait:
+            self._left_wait = True
             return None
 
     def interrupted(self) -> bool:

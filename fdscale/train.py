@@ -81,6 +81,7 @@ def train(
             set_lr(engine.optimizer, schedule(state.step))
             void = _step(engine, stream.at(state.samples), prepare, blank, run, meter)
             if void and dist.world() == 1:
+                run.tell("stop")
                 break
             state.step += 1
             state.samples += batch_size
@@ -136,7 +137,8 @@ def _step(
         if void and dist.world() == 1:
             return True
         loss = engine(*(blank() if void else prepare(batch)))
-        engine.backward(loss * (math.nan if void else finite_or_nan(loss)))
+        loss = loss * (math.nan if void else finite_or_nan(loss))
+        engine.backward(loss)
         engine.step()
         meter.add(loss)
     return void

@@ -22,13 +22,28 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"kernels"},
     "objective": {"kernels"},
-    "run": {"config", "keys", "dist"},
+    "signals": set(),
+    "run": {"config", "keys", "dist", "signals"},
     "engine": {"config", "keys", "dist", "run"},
     "train": {"engine", "run", "keys", "dist"},
     "diagnose": {"models", "data"},
-    "cli": {"config", *APPS},
+    "recovery": {"train", "engine", "run", "dist"},
+    "cli": {"config", "signals", *APPS},
     **{
-        app: {"train", "models", "data", "objective", "engine", "run", "diagnose", "config", "keys", "dist", *APPS}
+        app: {
+            "train",
+            "models",
+            "data",
+            "objective",
+            "engine",
+            "run",
+            "diagnose",
+            "config",
+            "keys",
+            "dist",
+            "recovery",
+            *APPS,
+        }
         for app in APPS
     },
 }

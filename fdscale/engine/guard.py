@@ -91,10 +91,10 @@ class Detours:
         self.path = directory / "rollbacks.json"
         self.taken: list[dict[str, Any]] = []
         try:
-            self.taken = [
-                {**one, **{key: int(one[key]) for key in ("back_to", "at", "to")}}
-                for one in json.loads(self.path.read_text())
-            ]
+            told = json.loads(self.path.read_text())
+            if not isinstance(told, list):
+                raise ValueError("expected a list")
+            self.taken = [{**one, **{key: int(one[key]) for key in ("back_to", "at", "to")}} for one in told]
         except FileNotFoundError:
             pass
         except (OSError, ValueError, TypeError, KeyError) as error:

@@ -55,9 +55,7 @@ class Meter:
         self._batch_size, self._work, self._peak = batch_size, work, peak
         self._micro = 0  # micro-batches of the step under way
         self._step_loss: Tensor | None = None  # sum over the micro-batches of the step under way
-        self._fates: list[
-            tuple[Tensor, torch.cuda.Event | None, bool]
-        ] = []  # of steps
+        self._fates: list[tuple[Tensor, torch.cuda.Event | None, bool]] = []  # of steps
         self._reset()
 
     def _reset(self) -> None:

@@ -76,9 +76,9 @@ def reference(starts: Starts, back_to: int, at: int, to: int, world: int = 1, mo
 def test_not_a_number_for_long(starts: Starts, world: int) -> None:
     """Back to before it, on behind it; the weights are those of a run that never saw these samples."""
     run, calls = starts.new(), "9-14" if world == 1 else "5-7"
-    assert set(starts.run(run, fault("nan", calls, rank=world - 1), world, more=LONG)) == {0}, (
-        starts.output(run).read_text()
-    )
+    assert set(starts.run(run, fault("nan", calls, rank=world - 1), world, more=LONG)) == {0}, starts.output(
+        run
+    ).read_text()
     told = json.loads((run / "rollbacks.json").read_text())
     assert [(one["step"], one["back_to"], one["at"], one["to"]) for one in told] == [(7, 4, 32, 56)]
     assert "left out" in starts.output(run).read_text()
