@@ -55,29 +55,10 @@ def train(
     """
     saved_at, stream = state.step, Stream(open_stream)
 
-    def trouble() -> bool:
-        """Judge what was heard; whether the run must stop for it. A collective where there is trouble."""
-        nonlocal saved_at
-        for verdict in run.verdicts():
-            guard.judge(*verdict)
-        if guard.trouble is not None and not run.stopped_by:
-            meter.restart()  # what follows is given up
-            stream.close()
-            run.settle()
-            run.verdicts()
-            run.diverged |= not aside(meter, go_back)
-            saved_at = state.step
-        return run.diverged
-
-    def settle() -> None:
-        """Hear of all steps there were; a collective."""
-        run.settle()
-        for verdict in meter.verdicts(wait=True):
-            run.tell_verdicts([verdict])
-            run.settle()
-
     try:
-        while state.step < stop_at and not run.should_stop(state.step) and not trouble():
+        while (
+            state.step < stop_at and not run.should_stop(state.step) and not _stuck(run, meter, guard, stream, go_back)
+        ):
             set_lr(engine.optimizer, schedule(state.step))
             void = _step(engine, stream.at(state.samples), prepare, blank, run, meter)
             if void and dist.world() == 1:
@@ -90,9 +71,9 @@ def train(
             meter.end_step(was_applied(engine), void=void)
             run.tell_verdicts(meter.verdicts())
             if state.step % saving.every == 0 or state.step == stop_at:
-                settle()
+                _settle(run, meter)
                 step = state.step
-                if run.void or trouble() or state.step != step:
+                if run.void or _stuck(run, meter, guard, stream, go_back) or state.step != step:
                     continue
 
             due = due_at(state.step, stop_at)
@@ -104,17 +85,38 @@ def train(
                 saved_at = state.step
     finally:
         stream.close()
-    settle()
+    _settle(run, meter)
     for verdict in run.verdicts():
         guard.judge(*verdict)
     state.step -= run.void
     state.samples -= run.void * batch_size
     if meter.steps and not run.void:  # stopped between two log lines
         _log(run, state, meter, guard, engine, {})
-    if state.step > saved_at and not run.diverged and guard.trouble is None:
+    if state.step != saved_at and not run.diverged and guard.trouble is None:
         run.diverged = not healthy(meter, engine)
         if not run.diverged:
             save(state)
+
+
+def _stuck(run: Run, meter: Meter, guard: Guard, stream: Stream, go_back: Callable[[], bool]) -> bool:
+    """Judge what was heard, and go back where it says so; whether the run must end for it. A collective then."""
+    for verdict in run.verdicts():
+        guard.judge(*verdict)
+    if guard.trouble is not None and not run.stopped_by:
+        run.settle()
+        run.verdicts()  # these steps and what follows are given up
+        meter.restart()
+        stream.close()
+        run.diverged |= not aside(meter, go_back)
+    return run.diverged
+
+
+def _settle(run: Run, meter: Meter) -> None:
+    """Hear of all steps there were; a collective."""
+    run.settle()
+    for verdict in meter.verdicts(wait=True):
+        run.tell_verdicts([verdict])
+        run.settle()
 
 
 def _step(
