@@ -1,7 +1,8 @@
 """The command line: one verb per thing a person wants. No logic here, and nothing heavy is imported before a verb runs.
 
 Exit codes: 0 done, 1 a bug (with traceback), 2 something to put right (one line), 3 the loss diverged, 75 stopped by a
-signal after saving (start the same command again to go on), 130 Ctrl-C (while training: the second).
+signal, after saving where there was anything new (start the same command again to go on), 130 Ctrl-C (while training:
+the second).
 """
 
 from __future__ import annotations

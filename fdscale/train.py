@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -54,11 +55,10 @@ def train(
     returns False where it cannot.
     """
     saved_at, stream = state.step, Stream(open_stream)
+    stuck = functools.partial(_stuck, run, meter, guard, stream, go_back)
 
     try:
-        while (
-            state.step < stop_at and not run.should_stop(state.step) and not _stuck(run, meter, guard, stream, go_back)
-        ):
+        while state.step < stop_at and not run.should_stop(state.step) and not stuck():
             set_lr(engine.optimizer, schedule(state.step))
             void = _step(engine, stream.at(state.samples), prepare, blank, run, meter)
             if void and dist.world() == 1:
@@ -73,7 +73,7 @@ def train(
             if state.step % saving.every == 0 or state.step == stop_at:
                 _settle(run, meter)
                 step = state.step
-                if run.void or _stuck(run, meter, guard, stream, go_back) or state.step != step:
+                if run.void or stuck() or state.step != step:
                     continue
 
             due = due_at(state.step, stop_at)
