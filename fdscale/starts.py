@@ -47,12 +47,16 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     durable: also through a power cut.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
+    _write(temporary, text, durable)
+    os.replace(temporary, path)
+
+
+def _write(path: Path, text: str, durable: bool = True) -> None:
+    with path.open("w") as file:
         file.write(text)
         if durable:
             file.flush()
             os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,16 +128,27 @@ def sign(path: Path) -> tuple[Any, ...]:
 
 def is_gone(owner: dict[str, Any]) -> bool:
     """Whether the process of a record ran on this machine, where we would see it, and is no longer there."""
-    if (owner.get("boot"), owner.get("pid_namespace")) != (_boot(), _pid_namespace()):
-        return False
+    return _is_of_this_machine(owner) and _exists(owner) is False
+
+
+def is_here(owner: dict[str, Any]) -> bool:
+    """Whether the process of a record runs on this machine."""
+    return _is_of_this_machine(owner) and _exists(owner) is True
+
+
+def _is_of_this_machine(owner: dict[str, Any]) -> bool:
+    return (owner.get("boot"), owner.get("pid_namespace")) == (_boot(), _pid_namespace())
+
+
+def _exists(owner: dict[str, Any]) -> bool | None:
     try:
         os.kill(owner["pid"], 0)
         state, *fields = _stat(owner["pid"])
-        return state in "ZX" or int(fields[18]) != owner["pid_start"]
+        return state not in "ZX" and int(fields[18]) == owner["pid_start"]
     except ProcessLookupError:
-        return True
-    except (OSError, KeyError, TypeError, OverflowError):  # another user's process, hidden from us
         return False
+    except (OSError, KeyError, TypeError, OverflowError):  # another user's process, hidden from us
+        return None
 
 
 def name_of(owner: dict[str, Any]) -> str:
@@ -252,7 +267,8 @@ class Start:
 
 
 def _now(clock: Clock) -> dict[str, Any]:
-    return {"seen": time.time(), "alive_s": process_age_s(), "spent_s": dict(clock.spent_s)}
+    up_s = time.clock_gettime(time.CLOCK_BOOTTIME)
+    return {"seen": time.time(), "up_s": up_s, "alive_s": process_age_s(), "spent_s": dict(clock.spent_s)}
 
 
 def claim(directory: Path, clock: Clock, say: Callable[[str], object]) -> Start:
@@ -320,19 +336,26 @@ def _take(directory: Path, number: int, mine: dict[str, Any], clock: Clock) -> S
     record = {**mine, "token": f"{number:06d}-{secrets.token_hex(4)}", "beats": 0}
     record["began"] = time.time() - process_age_s()
     path = path_of(directory, number)
+    draft = path.with_name(f".{record['token']}.tmp")
     try:
-        file = path.open("x")
-    except FileExistsError:
-        return None
-    try:
-        with file:
-            file.write(json.dumps(record | _now(clock)))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise
+        _write(draft, json.dumps(record | _now(clock)))
+        try:
+            os.link(draft, path)  # whole from the first moment, and one process alone can do it, also over NFS
+        except FileExistsError:
+            if draft.stat().st_nlink == 1:  # else it was us: a repeated message told NFS the second time
+                return None
+        except FileNotFoundError:  # whoever came first has tidied up
+            return None
+        except OSError:  # a file system without links
+            try:
+                path.touch(exist_ok=False)
+            except FileExistsError:
+                return None
+            os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    for leftover in path.parent.glob(".*.tmp"):  # of those killed while writing
+        leftover.unlink(missing_ok=True)
     start = Start(directory, number, record, clock)
     start._thread.start()
     return start

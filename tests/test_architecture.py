@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
-APPS = {"assemble", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench", "runs"}
+APPS = {"assemble", "recovery", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench", "runs"}
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
@@ -22,12 +22,13 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"kernels"},
     "objective": {"kernels"},
+    "signals": set(),
     "starts": set(),
-    "run": {"config", "keys", "dist", "starts"},
+    "run": {"config", "keys", "dist", "signals", "starts"},
     "engine": {"config", "keys", "dist", "run", "starts"},
     "train": {"engine", "run", "keys", "dist"},
     "diagnose": {"models", "data"},
-    "cli": {"config", *APPS},
+    "cli": {"config", "signals", *APPS},
     **{
         app: {
             "train",
@@ -41,6 +42,7 @@ MAY_IMPORT = {
             "config",
             "keys",
             "dist",
+            "recovery",
             *APPS,
         }
         for app in APPS
