@@ -85,6 +85,11 @@ class Run:
         if self.start is not None:
             self.start.end(code, why)
 
+    def note(self, **values: Any) -> None:
+        """Put plain data into the record of this start."""
+        if self.start is not None:
+            self.start.note(**values)
+
     def _claim(self) -> str:
         problem = ""
         if dist.rank() == 0:
@@ -104,8 +109,8 @@ class Run:
             try:
                 (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
                 write_atomically(self.directory / "config.yaml", config.dump(self.settings))
+                self.note(**starts.environment(), world=dist.world(), **(extra or {}))
                 if self.start is not None:
-                    self.start.note(**starts.environment(), world=dist.world(), **(extra or {}))
                     self.start.beat()
                 self._sinks = self._open_sinks()
             except Exception as error:  # whatever it is, the other ranks must hear of it
@@ -250,9 +255,8 @@ class Run:
             self._first_step(step)
         else:
             self.clock.mark("steps")
-        if self.start is not None:
-            self._from_step = min(self._from_step, step - 1)
-            self.start.note(from_step=self._from_step, step=step, steps=self._steps)
+        self._from_step = min(self._from_step, step - 1)
+        self.note(from_step=self._from_step, step=step, steps=self._steps)
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
 

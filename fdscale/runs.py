@@ -46,7 +46,7 @@ def find(directory: Path, depth: int = DEPTH) -> Iterator[Path]:
     elif depth:
         with contextlib.suppress(PermissionError):
             for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
-                if entry.is_dir(follow_symlinks=False) and not entry.name.startswith("."):
+                if entry.is_dir() and not entry.name.startswith("."):
                     yield from find(Path(entry.path), depth - 1)
 
 
@@ -90,7 +90,7 @@ def describe(run: Path, alive: bool) -> dict[str, Any]:
         "checkpoint_step": saved,
         "restarts": len(records) - 1,
         **_last_values(run / "metrics.jsonl"),
-        **account(records, None if alive else saved or 0),
+        **account(records, None if alive or ended.get("code") == 0 else saved or 0),
         "last_start_s": last.get("spent_s"),
     }
 
@@ -133,14 +133,14 @@ def _last_values(metrics: Path) -> dict[str, Any]:
 def account(records: list[dict[str, Any]], saved_step: int | None) -> dict[str, float | None]:
     """Goodput and where the rest of the time went, in seconds, over all starts.
 
-    saved_step: where the next start would go on; None while the run lives. A step counts once: what a later start did
-    again is lost. The first step of a start counts as starting, since it does what the later ones need not.
+    saved_step: where the next start would go on; None while the run lives or is done. A step counts once: what a later
+    start did again is lost. The first step of a start counts as starting, since it does what the later ones need not.
     """
     sums = dict.fromkeys(("wall_s", "useful_s", "starting_s", "evaluation_s", "saving_s", "lost_s", "down_s"), 0.0)
-    later, until = math.inf if saved_step is None else saved_step, None
+    later, after = math.inf if saved_step is None else saved_step, None
     for record in reversed(records):
         spent = record.get("spent_s") if isinstance(record.get("spent_s"), dict) else {}
-        alive, began = _number(record, "alive_s"), _number(record, "began")
+        alive = _number(record, "alive_s")
         kept, steps = 0.0, _number(record, "steps")
         if "from_step" in record:
             low = _number(record, "from_step")
@@ -150,15 +150,23 @@ def account(records: list[dict[str, Any]], saved_step: int | None) -> dict[str, 
         useful = training * min(max(kept - 1, 0) / max(steps - 1, 1), 1)
         sums["wall_s"] += alive
         sums["useful_s"] += useful
-        sums["lost_s"] += training - useful
+        sums["lost_s"] += training - useful + _number(spent, "rollback")
         sums["starting_s"] += sum(_number(spent, name) for name in STARTING)
         sums["evaluation_s"] += _number(spent, "evaluation")
         sums["saving_s"] += _number(spent, "saving")
-        sums["down_s"] += 0 if until is None else max(until - (began + alive), 0)
-        until = began
+        sums["down_s"] += 0 if after is None else _gap_s(record, after)
+        after = record
     known = sum(value for key, value in sums.items() if key not in ("wall_s", "down_s"))
     goodput = sums["useful_s"] / sums["wall_s"] if sums["wall_s"] else None
     return {"goodput": goodput, **sums, "other_s": max(sums["wall_s"] - known, 0.0)}
+
+
+def _gap_s(record: dict[str, Any], after: dict[str, Any]) -> float:
+    """Seconds from the last sign of life of a start to the beginning of the next."""
+    same = record.get("boot") is not None and record.get("boot") == after.get("boot")
+    if same:
+        return max(_number(after, "up_s") - _number(after, "alive_s") - _number(record, "up_s"), 0.0)
+    return max(_number(after, "began") - _number(record, "seen"), 0.0)  # there are only the clocks of two machines
 
 
 def _number(record: dict[str, Any], key: str) -> float:

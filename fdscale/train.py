@@ -92,6 +92,7 @@ def train(
         guard.judge(*verdict)
     state.step -= run.void
     state.samples -= run.void * batch_size
+    run.note(step=state.step)
     if meter.steps and not run.void:  # stopped between two log lines
         _log(run, state, meter, guard, engine, {})
     if state.step != saved_at and not run.diverged and guard.trouble is None:
