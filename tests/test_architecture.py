@@ -41,6 +41,7 @@ MAY_IMPORT = {
             "keys",
             "dist",
             "recovery",
+            "signals",
             *APPS,
         }
         for app in APPS
