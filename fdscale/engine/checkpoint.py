@@ -47,18 +47,26 @@ def name_of(step: int) -> str:
 
 
 def save(
-    engine: Any, folder: Path, *, step: int, samples: int, identity: dict[str, Any], settings: config.Config, keep: int
+    engine: Any,
+    folder: Path,
+    *,
+    step: int,
+    samples: int,
+    identity: dict[str, Any],
+    settings: config.Config,
+    keep: int,
+    guard: dict[str, Any] | None = None,
 ) -> Path:
     """Write and commit the checkpoint of a step; a collective. Returns its directory.
 
-    identity: plain data that fixes the trajectory (see `config.trajectory`), compared at resume. Raises UserError where
-    writing fails; what was committed before stays as it was.
+    identity: plain data that fixes the trajectory (see `config.trajectory`), compared at resume. guard: see
+    `guard.Guard.state`. Raises UserError where writing fails; what was committed before stays as it was.
     """
     final = folder / name_of(step)
     temporary = folder / f"{TEMPORARY}{name_of(step)}"
     _together(lambda: _make_room(temporary) if dist.rank() == 0 else None, step, folder)
     entries = _together(lambda: _write_rank(engine, temporary), step, folder)
-    state = _describe(engine, step, samples, identity, settings)
+    state = _describe(engine, step, samples, identity, settings) | {"guard": guard or {}}
     written = [entry for entry in entries if entry]
     _together(lambda: _commit(engine, temporary, final, written, state) if dist.rank() == 0 else None, step, folder)
     if dist.rank() == 0:
@@ -133,7 +141,6 @@ def _describe(
         "step": step,
         "samples": samples,
         "optimizer_step": local.optimizer_step(engine),
-        "skipped_steps": engine.skipped_steps,
         "identity": identity,
         "parameters": {name: list(shape) for name, shape in local.names_and_shapes(engine).items()},
         "buffers": sorted(local.buffers(engine)),
@@ -194,6 +201,17 @@ def _discard(checkpoint: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def discard_if(folder: Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Remove the checkpoints whose state.json, as far as it can be read, is unwanted (rank 0)."""
+    for path in committed(folder):
+        try:
+            doomed = unwanted(read_state(path))
+        except (UserError, KeyError, TypeError):
+            continue  # damaged: whoever looks for one to load says so
+        if doomed:
+            _discard(path)
+
+
 def sweep(folder: Path) -> None:
     """Remove what an interrupted write left behind (rank 0, before training)."""
     for leftover in folder.glob(f"{TEMPORARY}*"):
@@ -236,15 +254,18 @@ def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
     return None
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    A collective: rank 0 looks, all get its answer. Raises UserError for one that a newer fdscale wrote.
+    before: only of steps below this one. A collective: rank 0 looks, all get its answer. Raises UserError for one that
+    a newer fdscale wrote.
     """
 
     def look() -> tuple[Path | None, list[str]]:
         skipped: list[str] = []
         for checkpoint in committed(folder):
+            if before is not None and checkpoint.name >= name_of(before):
+                continue
             problem = verify(checkpoint)
             if problem is None:
                 return checkpoint, skipped
@@ -373,6 +394,5 @@ def load(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> tuple[int, 
         own[name].copy_(value)
     engine.global_steps = saved["step"]
     engine.global_samples = saved["samples"]
-    engine.skipped_steps = saved["skipped_steps"]
     engine.micro_steps = saved["step"] * engine.gradient_accumulation_steps()
     return saved["step"], saved["samples"]
