@@ -43,6 +43,7 @@ MAY_IMPORT = {
             "keys",
             "dist",
             "recovery",
+            "signals",
             *APPS,
         }
         for app in APPS
