@@ -129,7 +129,7 @@ def open_checkpoint(run: Run, resume: str | None) -> Path | None:
         run.say(f"--resume is left aside: the run goes on from its own {own}", "yellow")
     if own is not None or resume is None:
         return own
-    problem = checkpoint.verify_once(Path(resume))
+    problem = checkpoint.verify_together(Path(resume))
     if problem:
         raise UserError(f"--resume {resume}: {problem}; expected a directory such as RUN/checkpoints/step-00001000")
     return Path(resume)

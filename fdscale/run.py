@@ -73,9 +73,10 @@ class Run:
         try:
             code = work(token)
         except BaseException as error:
-            self.end(
-                starts.exit_code(error), f"{'' if isinstance(error, UserError) else f'{type(error).__name__}: '}{error}"
-            )
+            mistake = isinstance(error, UserError)
+            if mistake and self.start is not None and self.start.number == 1 and not self._sinks:
+                self.start.withdraw()  # a new run that never began leaves nothing
+            self.end(starts.exit_code(error), str(error) if mistake else f"{type(error).__name__}: {error}")
             raise
         self.end(code, self.stopped_by or "")
         return code

@@ -233,7 +233,7 @@ class Start:
         self.fenced = False  # whether a later start has taken the directory
         self._record, self._clock = record, clock
         self._lock = threading.Lock()
-        self._ending = threading.Event()
+        self._ending, self._withdrawn = threading.Event(), False
         self._thread = threading.Thread(target=self._live, name="starts", daemon=True)
 
     def note(self, **values: Any) -> None:
@@ -245,6 +245,8 @@ class Start:
         """Write the record, then look whether this is still the highest number."""
         path = path_of(self.directory, self.number)
         with self._lock:
+            if self._withdrawn:
+                return
             self._record["beats"] += 1
             try:
                 write_atomically(path, json.dumps(self._record | _now(self._clock)), durable)
@@ -260,6 +262,15 @@ class Start:
             self._record.setdefault("ended", {"code": code, "why": why})
         self._ending.set()
         self.beat(durable=True)
+
+    def withdraw(self) -> None:
+        """Give the directory back as if this start had never been; also remove the directory where nothing is in it."""
+        self._ending.set()
+        with self._lock, contextlib.suppress(OSError):
+            self._withdrawn = True
+            path_of(self.directory, self.number).unlink()
+            (self.directory / "starts").rmdir()
+            self.directory.rmdir()
 
     def _live(self) -> None:
         while not self._ending.wait(BEAT_S):

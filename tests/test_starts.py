@@ -251,3 +251,17 @@ def test_a_stopped_process_does_not_count_as_gone(tmp_path: Path, go: Path) -> N
     assert owner.communicate("\n")[0] == "fenced\n"
     assert not start.fenced
     start.end(0, "")
+
+
+def test_withdrawn_it_never_was(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    start, _ = claim(run)
+    start.withdraw()
+    start.beat()
+    start.end(2, "a mistake")
+    assert not run.exists()
+    start, _ = claim(run)
+    assert start.number == 1
+    (run / "config.yaml").touch()
+    start.withdraw()
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
