@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from fdscale.data.index import open_index
 from fdscale.engine import checkpoint
 from fdscale.engine.initialize import bf16, initialize, read_ds_config
 from fdscale.engine.metrics import Meter, peak_flops
+from fdscale.engine.room import open_room
+from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
 from fdscale.objective import feature_loss
 from fdscale.run import Run
@@ -137,6 +140,7 @@ def distill(
     dist.init()
     wanted = identity(parts, parts.teacher.fingerprint())
     run = Run(directory, settings)
+    room = open_room(directory / "checkpoints", dist.gather(secrets.token_hex(8))[0])
     start = open_checkpoint(run, resume)
     if start is not None:
         checkpoint.check_identity(checkpoint.read_state(start)["identity"], wanted, start)
@@ -164,10 +168,12 @@ def distill(
         parts.teacher.to("meta")  # nothing computes with it: its memory is free again
     run.open({"ds_config": ds_config, "resumed_from": str(start) if start else None, "step": state.step})
     with run:
-        if dist.rank() == 0:
-            checkpoint.sweep(directory / "checkpoints")
         _announce(run, parts, start, state, last)
-        _train(engine, parts, run, state, last, wanted, torch.bfloat16 if bf16(ds_config) else torch.float32)
+        saver = Saver(engine, room, run, wanted)
+        try:
+            _train(engine, parts, run, state, last, saver, torch.bfloat16 if bf16(ds_config) else torch.float32)
+        finally:
+            saver.close()
     if run.diverged:
         run.say(f"the loss is not finite at step {state.step}; nothing was saved since it broke", "red")
         return DIVERGED
@@ -205,9 +211,7 @@ def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, las
         run.say(f"nothing to do: step {state.step} of {last} is reached")
 
 
-def _train(
-    engine: Any, parts: Parts, run: Run, state: TrainState, last: int, wanted: dict[str, Any], dtype: torch.dtype
-) -> None:
+def _train(engine: Any, parts: Parts, run: Run, state: TrainState, last: int, saver: Saver, dtype: torch.dtype) -> None:
     settings = parts.settings
     optim, schedule = settings.optim, settings.schedule
 
@@ -234,26 +238,12 @@ def _train(
         warmup_steps=schedule.warmup_steps or 0,
         warmup_lr=schedule.warmup_lr,
     )
-    save = functools.partial(_save, engine, run, wanted)
     meter = Meter(optim.batch_size, work_per_image(parts), peak_flops(dtype))
     try:
         train(
             engine, stream, prepare, state, run, meter,
-            stop_at=last, batch_size=optim.batch_size, schedule=lr, save=save,
+            stop_at=last, batch_size=optim.batch_size, schedule=lr, saver=saver,
             evaluate=lambda: heldout(engine), logging=settings.log, saving=settings.save,
         )  # fmt: skip
     finally:
         stream.close()
-
-
-def _save(engine: Any, run: Run, wanted: dict[str, Any], state: TrainState) -> None:
-    settings = run.settings
-    checkpoint.save(
-        engine,
-        run.directory / "checkpoints",
-        step=state.step,
-        samples=state.samples,
-        identity=wanted,
-        settings=settings,
-        keep=settings.save.keep,
-    )

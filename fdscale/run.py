@@ -29,7 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fdscale import UserError, config, dist
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-TOLD = ("stop", "nonfinite", "lost")  # what ranks tell each other at every step
+TOLD = ("stop", "nonfinite", "lost", "written")  # what ranks tell each other at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
 LOST_QUIET_S = 60.0  # then one in so many seconds
@@ -49,6 +49,7 @@ class Run:
         self.stopped_by: str | None = None  # name of the signal that ended the run, agreed by all ranks
         self.diverged = False
         self.lost = 0  # samples replaced since this start, over all ranks
+        self.written = 0  # times that a rank was done with its part in a save, over all ranks
         self.over_budget = False  # whether these are more than data.lost_budget allows
         self._signal: str | None = None
         self._agreement = dist.Agreement(*TOLD)
@@ -141,6 +142,7 @@ class Run:
         heard = self._agreement.exchange(told)
         self.diverged |= heard["nonfinite"] > 0
         self.lost += int(heard["lost"])
+        self.written += int(heard["written"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if heard["stop"]:
             self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")

@@ -12,6 +12,7 @@ import torch
 from fdscale import dist
 from fdscale.engine.metrics import Meter
 from fdscale.engine.optim import set_lr
+from fdscale.engine.saver import Saver
 from fdscale.keys import Log, Save
 from fdscale.run import Run
 
@@ -35,7 +36,7 @@ def train(
     stop_at: int,
     batch_size: int,
     schedule: Callable[[int], float],
-    save: Callable[[TrainState], object],
+    saver: Saver,
     evaluate: Callable[[], dict[str, Any]],
     logging: Log,
     saving: Save,
@@ -44,32 +45,39 @@ def train(
 
     batches yields micro-batches; prepare turns one into the module's arguments; the module returns the loss.
     """
-    saved_at = state.step
+    start = state.step
     while state.step < stop_at and not run.should_stop(state.step):
+        saver.poll()
         set_lr(engine.optimizer, schedule(state.step))
         for _ in range(engine.gradient_accumulation_steps()):
             loss = engine(*prepare(meter.wait(batches)))
             engine.backward(loss)
+            if engine.is_gradient_accumulation_boundary():
+                saver.before_update()
             engine.step()
             meter.add(loss)
         state.step += 1
         state.samples += batch_size
         run.advance(state.step, batch_size)
         run.tell("nonfinite", meter.end_step(engine.was_step_applied()))
+        meter.stall(saver.take_stall_s())
 
         due = due_at(state.step, stop_at)
         heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
         if due(logging.every) or heldout:
             run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost, **heldout})
-        if state.step % saving.every == 0 and healthy(meter, engine):
-            aside(meter, lambda: save(state))
-            saved_at = state.step
+        if state.step % saving.every == 0 and healthy(meter):
+            saver.begin(state.step, state.samples)
+        run.diverged |= saver.broken
+    saver.finish()
+    run.diverged |= saver.broken
     if meter.steps:  # stopped between two log lines
         run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost})
-    if state.step > saved_at and not run.diverged:
-        run.diverged = not healthy(meter, engine)
+    if state.step not in (start, saver.saved_step) and not run.diverged:
+        run.diverged = not healthy(meter)
         if not run.diverged:
-            save(state)
+            saver.save(state.step, state.samples)
+            run.diverged = saver.broken
 
 
 def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
@@ -93,6 +101,6 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def healthy(meter: Meter, engine: Any) -> bool:
-    """Whether all ranks' state may be saved: broken weights never are. A collective."""
-    return not dist.any_rank(not meter.healthy(engine))
+def healthy(meter: Meter) -> bool:
+    """Whether all ranks' state may be saved, as far as losses tell. A collective."""
+    return not dist.any_rank(not meter.healthy())

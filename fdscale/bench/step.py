@@ -35,6 +35,8 @@ from fdscale import config, dist
 from fdscale.assemble import normalise
 from fdscale.engine.initialize import initialize
 from fdscale.engine.metrics import Meter, Work
+from fdscale.engine.room import Room
+from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
 from fdscale.models import backbone
 from fdscale.models.layers import initial_value
@@ -187,7 +189,7 @@ def framework(args: dict[str, Any], teacher: Teacher, images: Tensor, folder: Pa
             stop_at=10**9,
             batch_size=batch,
             schedule=lambda step: cosine(step, steps=1000, lr=1e-3),
-            save=lambda state: None,
+            saver=Saver(engine, Room(folder, "bench"), run, {}),  # nothing falls due
             evaluate=dict,
             logging=settings.log,
             saving=settings.save,

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fdscale import dist
-from fdscale.engine.state import finite
 
 # Dense bf16 peak of one GPU in FLOP/s, by a part of its name; vendors' data sheets, without sparsity. Longer names
 # first.
@@ -63,7 +62,7 @@ class Meter:
     def _reset(self) -> None:
         self._loss: Tensor | None = None
         self._losses = self._steps = 0
-        self._data_wait_s = 0.0
+        self._data_wait_s = self._save_stall_s = 0.0
         self._start = time.perf_counter()
 
     @property
@@ -87,6 +86,11 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training (evaluation, saving)."""
         self._start += seconds
+
+    def stall(self, seconds: float) -> None:
+        """Account time that training waited for saves; it counts as time aside, too."""
+        self._save_stall_s += seconds
+        self.pause(seconds)
 
     def end_step(self, applied: bool) -> bool:
         """Close a step; whether this rank has seen the run diverge.
@@ -120,14 +124,14 @@ class Meter:
             event.synchronize()
             self._judge(bad, applied)
 
-    def healthy(self, engine: Any) -> bool:
-        """Whether this rank's training state may be saved, now (waits for the device).
+    def healthy(self) -> bool:
+        """Whether this rank's training state may be saved, now, as far as losses tell (waits for the device).
 
         Not while steps are being skipped: what follows broken weights looks like that too, at ZeRO 1 to 3.
         """
         pending, self._pending = self._pending, None
         self._judge_pending(pending)
-        return not self._poisoned and self._bad_steps == 0 and finite(engine)
+        return not self._poisoned and self._bad_steps == 0
 
     def read(self, engine: Any) -> dict[str, Any]:
         """The interval's record, averaged over ranks where ranks differ, and a new interval. A collective."""
@@ -144,6 +148,7 @@ class Meter:
             "images_per_s_per_gpu": rate / dist.world(),
             "step_s": elapsed_s / self._steps,
             "data_wait_s": self._data_wait_s / self._steps,
+            "save_stall_s": self._save_stall_s,
             "mem_gib": memory_gib(),
             "skipped": engine.skipped_steps,
         }

@@ -1,0 +1,146 @@
+"""Changing a folder of checkpoints, so that every change is there or not, and no start changes it after another has.
+
+    checkpoints/.writing-TOKEN/    the room of one start, made when it takes the run over, and never again
+
+Whatever appears under checkpoints/, a checkpoint or the pointer to the newest, is written in the room and renamed out
+of it; whatever leaves is renamed into it and removed there. Who takes a run over first moves all other rooms into its
+own: from then on every rename of an earlier start fails, whatever it was doing and however long it was asleep.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from fdscale import UserError, dist
+from fdscale.engine.checkpoint import committed, step_of
+
+PREFIX = ".writing-"
+
+
+class Fenced(UserError):
+    """Another start has taken the run over; what this one wanted to change was not changed."""
+
+
+class Room:
+    """The room of this start. Its methods raise Fenced where it is gone, and OSError where the disk fails."""
+
+    def __init__(self, folder: Path, token: str):
+        self.folder = folder
+        self.path = folder / f"{PREFIX}{token}"
+
+    def draft(self, name: str) -> Path:
+        """A directory to write a checkpoint in, until `commit` gives it its name. Any rank may call."""
+        path = self.path / name
+        with self.fenced_if_gone(), contextlib.suppress(FileExistsError):
+            path.mkdir()
+        return path
+
+    def commit(self, name: str) -> None:
+        """Give a draft its name, in place of what had it, then move the pointer `latest`; durably. Rank 0."""
+        draft, final = self.path / name, self.folder / name
+        with self.fenced_if_gone():
+            sync(draft)
+            if final.exists():  # the same step again, after a resume from an earlier checkpoint
+                self.discard(final)
+            os.replace(draft, final)
+            sync(self.folder)
+            pointer = self.path / "latest"
+            write_durably(pointer, final.name + "\n")
+            os.replace(pointer, self.folder / "latest")
+
+    def discard(self, checkpoint: Path) -> None:
+        """Remove a checkpoint: first out of the namespace, so that a crash leaves no half under a committed name."""
+        doomed = self.path / f"old-{checkpoint.name}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        with self.fenced_if_gone():
+            os.replace(checkpoint, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+    def abandon(self, name: str) -> None:
+        """Remove what there is of a draft."""
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def prune(self, newest: str, keep: int, keep_every: int | None) -> None:
+        """Keep the newest `keep` up to and including the one just written, and those of every `keep_every`-th step.
+
+        Later steps belong to a future that was abandoned when the run walked back past damaged checkpoints. What cannot
+        be removed stays: the checkpoint itself is written.
+        """
+        present = committed(self.folder)
+        past = [path for path in present if step_of(path) <= step_of(self.folder / newest)]
+        future = present[: len(present) - len(past)]
+        for old in [*past[keep:], *future]:
+            if old in future or not keep_every or step_of(old) % keep_every:
+                with contextlib.suppress(OSError):
+                    self.discard(old)
+
+    def close(self) -> None:
+        """Leave no empty room behind; what is still in it is removed by the next start."""
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
+    @contextlib.contextmanager
+    def fenced_if_gone(self) -> Iterator[None]:
+        """Raise Fenced for an error that comes of the room's being gone."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ESTALE) and not os.path.isdir(self.path):
+                raise Fenced(
+                    f"another start has taken over the run of {self.folder} (or removed {self.path}); this one has "
+                    "saved nothing since"
+                ) from None
+            raise
+
+
+def open_room(folder: Path, token: str) -> Room:
+    """Take a folder of checkpoints over: from now on no earlier start can change it. A collective.
+
+    token: unique to this start, equal on all ranks. Whoever wants the newest checkpoint must look for it after this.
+    Raises UserError where it cannot be written.
+    """
+    room = Room(folder, token)
+    problem = ""
+    if dist.rank() == 0:
+        try:
+            room.path.mkdir(parents=True)
+            for other in folder.glob(f"{PREFIX}*"):
+                if other != room.path:
+                    with contextlib.suppress(FileNotFoundError):  # its owner left
+                        os.replace(other, room.path / other.name)
+                    _remove(room.path / other.name)
+        except OSError as error:
+            problem = f"cannot write {folder}: {error}"
+    problem = dist.gather(problem)[0]
+    if problem:
+        raise UserError(problem)
+    return room
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a small file and sync it."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Make what is in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
