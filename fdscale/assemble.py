@@ -241,7 +241,7 @@ def training_target(parts: Parts, batch: dict[str, Any], images: Tensor) -> Tens
     return whiten(features.decode(*features.encode(tokens, stored_as(parts.settings))))
 
 
-def train_stream(parts: Parts, start: int, stop: int) -> Iterator[dict[str, Any]]:
+def train_stream(parts: Parts, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
     """This rank's micro-batches of training views of the samples start .. stop - 1."""
     data, settings = parts.settings.data, parts.settings
     return batches(

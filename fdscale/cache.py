@@ -26,7 +26,8 @@ from fdscale import UserError, config, dist
 from fdscale.assemble import Parts, assemble, cache_plan, learnt_tokens, numbered_stream, to_device
 from fdscale.data import feature_files
 from fdscale.data.features import HEADER, Plan, encode, is_whole, written
-from fdscale.run import STOP_SIGNALS, Losses, too_many
+from fdscale.run import Losses, too_many
+from fdscale.signals import STOP_SIGNALS
 
 DONE, STOPPED = 0, 75  # exit codes, see docs/running.md
 SPARE = 2**28  # bytes left free on the disk, for the names and small files

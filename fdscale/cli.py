@@ -1,7 +1,8 @@
 """The command line: one verb per thing a person wants. No logic here, and nothing heavy is imported before a verb runs.
 
 Exit codes: 0 done, 1 a bug (with traceback), 2 something to put right (one line), 3 the loss diverged, 75 stopped by a
-signal after saving (start the same command again to go on), 130 Ctrl-C (while training: the second).
+signal, after saving where there was anything new (start the same command again to go on), 130 Ctrl-C (while training:
+the second).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from fdscale import UserError, __version__
+from fdscale import UserError, __version__, signals
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -266,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # torchrun's own parser stumbles over --run (it has --run-path) on Python 3.11, unless `--` stands before the verb.
     arguments = vars(parser().parse_args(words[1:] if words[:1] == ["--"] else words))
+    if arguments["verb"] == "distill" and argv is None:
+        signals.leave_at_once()
     for key in ("verb", "what"):
         arguments.pop(key, None)
     module, _, function = arguments.pop("target").partition(":")

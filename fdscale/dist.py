@@ -178,11 +178,20 @@ class Agreement:
         mine = [float(values.get(name, 0)) for name in self._names]
         if world() == 1:
             return dict(zip(self._names, mine, strict=True))
-        sums = [0.0] * len(mine)
+        sums = self.drain()
+        self._start(mine)
+        return sums
+
+    def drain(self) -> dict[str, float]:
+        """Wait for what is under way, the previous call's sums: the next call returns zeros. All ranks must call it."""
+        sums = [0.0] * len(self._names)
         if self._pending is not None:
             before, work = self._pending
+            self._pending = None
             work.wait()
             sums = before.tolist()
+        return dict(zip(self._names, sums, strict=True))
+
+    def _start(self, mine: list[float]) -> None:
         tensor = torch.tensor(mine, dtype=torch.float64)
         self._pending = (tensor, torch_dist.all_reduce(tensor, group=_host_group, async_op=True))
-        return dict(zip(self._names, sums, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import secrets
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from fdscale.assemble import (
 from fdscale.data import jpeg
 from fdscale.data.index import open_index
 from fdscale.engine import checkpoint
+from fdscale.engine.guard import Detours, Guard
 from fdscale.engine.initialize import bf16, initialize, read_ds_config
 from fdscale.engine.metrics import Meter, peak_flops
-from fdscale.engine.room import open_room
+from fdscale.engine.room import Room, open_room
 from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
 from fdscale.objective import feature_loss
+from fdscale.recovery import Recovery
 from fdscale.run import Run
 from fdscale.train import TrainState, train
 
@@ -59,12 +62,14 @@ class HeldOut:
         self._constant: Tensor | None = None
 
     def __call__(self, engine: Any) -> dict[str, Any]:
-        """The record of one evaluation; a collective. Empty where there is no held-out set."""
+        """The record of one evaluation; a collective. Empty where there is no held-out set, or a signal came."""
         if self._index is None:
             return {}
         first = self._constant is None
         if self._constant is None:
             self._constant = self._mean_training_token()
+        if self._constant is None:
+            return {}
         parts, beta = self._parts, self._parts.settings.objective.beta
         sums = torch.zeros(3, dtype=torch.float64, device=dist.device())
         engine.eval()
@@ -72,6 +77,8 @@ class HeldOut:
             parts.teacher.to(dist.device())
         with torch.no_grad():
             for batch in heldout_stream(parts, self._index):
+                if self._run.interrupted():
+                    break
                 if first:  # every evaluation loses the same samples
                     self._run.report_lost(batch["replaced"])
                 images, weights = to_device(batch["images"]), batch["weights"].to(dist.device())
@@ -82,17 +89,24 @@ class HeldOut:
         engine.train()
         if parts.cached is not None:
             parts.teacher.to("cpu")
+        if self._run.stopped_by:
+            return {}
         loss, trivial, count = dist.total(sums).tolist()
         if not count:
             raise UserError(f"no sample of data.heldout_shards ({parts.settings.data.heldout_shards}) can be read")
         return {"heldout_loss": loss / count, "heldout_trivial": trivial / count, "heldout_samples": int(count)}
 
-    def _mean_training_token(self) -> Tensor:
-        """(T,) over as many training views as there are held-out samples, but at least MEAN_VIEWS; a collective."""
+    def _mean_training_token(self) -> Tensor | None:
+        """(T,) over as many training views as there are held-out samples, but at least MEAN_VIEWS; a collective.
+
+        None: a signal came.
+        """
         parts = self._parts
         wanted = max(MEAN_VIEWS, min(parts.settings.data.heldout_samples, parts.index.samples))
         sums = torch.zeros(parts.teacher.width + 1, dtype=torch.float64, device=dist.device())
         for batch in train_stream(parts, 0, wanted):
+            if self._run.interrupted():
+                return None
             target = training_target(parts, batch, to_device(batch["images"])).flatten(0, 1)
             sums[:-1] += target.double().sum(0)
             sums[-1] += target.shape[0]
@@ -141,6 +155,8 @@ def distill(
     wanted = identity(parts, parts.teacher.fingerprint())
     run = Run(directory, settings)
     room = open_room(directory / "checkpoints", dist.gather(secrets.token_hex(8))[0])
+    detours = Detours(directory)
+    _forget_abandoned(room, detours, settings)
     start = open_checkpoint(run, resume)
     if start is not None:
         checkpoint.check_identity(checkpoint.read_state(start)["identity"], wanted, start)
@@ -160,6 +176,10 @@ def distill(
         fused=optim.fused,
     )
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
+    guard = Guard(settings.guard, optim.batch_size)
+    guard.restart(state.step, state.samples, checkpoint.read_state(start).get("guard", {}) if start is not None else {})
+    recovery = Recovery(engine, run, Saver(engine, room, run, wanted), guard, detours, state, wanted)
+    recovery.detour()
     assert schedule.steps is not None
     last = min(schedule.steps, schedule.steps if stop_at is None else stop_at)
     if parts.cached is None:
@@ -169,13 +189,12 @@ def distill(
     run.open({"ds_config": ds_config, "resumed_from": str(start) if start else None, "step": state.step})
     with run:
         _announce(run, parts, start, state, last)
-        saver = Saver(engine, room, run, wanted)
         try:
-            _train(engine, parts, run, state, last, saver, torch.bfloat16 if bf16(ds_config) else torch.float32)
+            _train(engine, parts, run, state, last, recovery, torch.bfloat16 if bf16(ds_config) else torch.float32)
         finally:
-            saver.close()
+            recovery.saver.close()
     if run.diverged:
-        run.say(f"the loss is not finite at step {state.step}; nothing was saved since it broke", "red")
+        run.say(f"{recovery.verdict} at step {state.step}; nothing was saved since it broke", "red")
         return DIVERGED
     if run.over_budget:
         raise UserError(
@@ -183,10 +202,27 @@ def distill(
             f"{settings.data.lost_budget:g} allows: they are listed in {directory}/lost-*.log. Repair them (`fdscale "
             f"shards verify --decode` names all), or set a larger one; the same command goes on from step {state.step}"
         )
-    if run.stopped_by:
+    if run.stopped_by and state.step < last:
         run.say(f"stopped by {run.stopped_by} at step {state.step}; the same command goes on from here")
         return STOPPED
     return DONE
+
+
+def _forget_abandoned(room: Room, detours: Detours, settings: config.Config) -> None:
+    """Remove what a crash may have left of what the last rollback gave up; a collective."""
+    problem = ""
+    if dist.rank() == 0:
+        try:
+            room.discard_if(functools.partial(_abandoned, detours, settings))
+        except (OSError, UserError) as error:
+            problem = f"what the last rollback gave up cannot be removed from {room.folder}: {error}"
+    problem = dist.gather(problem)[0]
+    if problem:
+        raise UserError(problem)
+
+
+def _abandoned(detours: Detours, settings: config.Config, saved: dict[str, Any]) -> bool:
+    return detours.abandoned(saved["step"], saved["samples"], settings.optim.batch_size)
 
 
 def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, last: int) -> None:
@@ -211,7 +247,9 @@ def _announce(run: Run, parts: Parts, start: Path | None, state: TrainState, las
         run.say(f"nothing to do: step {state.step} of {last} is reached")
 
 
-def _train(engine: Any, parts: Parts, run: Run, state: TrainState, last: int, saver: Saver, dtype: torch.dtype) -> None:
+def _train(
+    engine: Any, parts: Parts, run: Run, state: TrainState, last: int, recovery: Recovery, dtype: torch.dtype
+) -> None:
     settings = parts.settings
     optim, schedule = settings.optim, settings.schedule
 
@@ -225,11 +263,22 @@ def _train(engine: Any, parts: Parts, run: Run, state: TrainState, last: int, sa
             batch["numbers"].to(dist.device(), non_blocking=True),
         )
 
+    def blank() -> tuple[Tensor, Tensor, Tensor]:
+        size = settings.data.image_size
+        images = torch.zeros(settings.memory.micro_batch, 3, size, size, device=dist.device())
+        numbers = torch.zeros(len(images), dtype=torch.int64, device=dist.device())
+        rows, columns = parts.pairing.student_grid
+        tokens = len(parts.pairing.student_kept) + rows * columns
+        target = torch.zeros(len(images), tokens, parts.teacher.width, device=dist.device())
+        return normalise(images, dtype), target, numbers
+
+    def open_stream(samples: int) -> Generator[dict[str, Any], None, None]:
+        return train_stream(parts, samples, samples + (last - state.step) * optim.batch_size)
+
     heldout = HeldOut(parts, dtype, run)
     if state.step == 0 and last > 0 and (record := heldout(engine)):
         run.log({"step": 0, "samples": 0, **record})
     run.start_progress(state.step, last)
-    stream = train_stream(parts, state.samples, last * optim.batch_size)
     lr = functools.partial(
         cosine,
         steps=schedule.steps,
@@ -239,11 +288,8 @@ def _train(engine: Any, parts: Parts, run: Run, state: TrainState, last: int, sa
         warmup_lr=schedule.warmup_lr,
     )
     meter = Meter(optim.batch_size, work_per_image(parts), peak_flops(dtype))
-    try:
-        train(
-            engine, stream, prepare, state, run, meter,
-            stop_at=last, batch_size=optim.batch_size, schedule=lr, saver=saver,
-            evaluate=lambda: heldout(engine), logging=settings.log, saving=settings.save,
-        )  # fmt: skip
-    finally:
-        stream.close()
+    train(
+        engine, open_stream, prepare, blank, state, run, meter, recovery.guard, recovery.saver,
+        stop_at=last, batch_size=optim.batch_size, schedule=lr, save=recovery.save, go_back=recovery.go_back,
+        evaluate=lambda: heldout(engine), logging=settings.log, saving=settings.save,
+    )  # fmt: skip

@@ -209,6 +209,19 @@ class Save:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """When training that goes wrong goes back to an earlier checkpoint."""
+
+    spike: float = option(
+        3.0, "a loss above so many times the median of the window is a spike; 0: off", low=0.0, neutral=True
+    )
+    spike_steps: int = option(3, "spikes in a row that make the run go back", low=1, neutral=True)
+    window: int = option(100, "steps whose median loss is the usual one", low=1, neutral=True)
+    skips: int = option(10, "skipped steps in a row that are borne; more make the run go back", low=0, neutral=True)
+    rollbacks: int = option(3, "times that a run goes back; then it ends as diverged", low=0, neutral=True)
+
+
+@dataclass(frozen=True)
 class Log:
     """What is written about a run."""
 
@@ -232,4 +245,5 @@ class Config:
     memory: Memory = field(default_factory=Memory)
     cache: Cache = field(default_factory=Cache)
     save: Save = field(default_factory=Save)
+    guard: Guard = field(default_factory=Guard)
     log: Log = field(default_factory=Log)

@@ -7,30 +7,29 @@ samples-RANK.log when asked, lost-RANK.log when samples were replaced, tensorboa
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
 import os
 import platform
 import secrets
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fdscale import UserError, config, dist
+from fdscale.signals import Stop
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-TOLD = ("stop", "nonfinite", "lost", "written")  # what ranks tell each other at every step
+TOLD = ("stop", "lost", "written", "judged", "loss", "skipped", "void")  # what ranks tell each other at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
+PATIENCE_S = 5.0  # for data after a signal, where other ranks may be waiting for this one
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
 LOST_QUIET_S = 60.0  # then one in so many seconds
 LOST_OVER_AT_LEAST = 10_000  # samples: the budget is a share of these or of all seen, so that a start allows a few
@@ -51,12 +50,14 @@ class Run:
         self.lost = 0  # samples replaced since this start, over all ranks
         self.written = 0  # times that a rank was done with its part in a save, over all ranks
         self.over_budget = False  # whether these are more than data.lost_budget allows
-        self._signal: str | None = None
+        self._stop = Stop(PATIENCE_S if dist.world() > 1 else 0.1)
         self._agreement = dist.Agreement(*TOLD)
+        self.void = 0  # last steps that did not count, since a rank left its wait for data
+        self._aside = dist.Agreement("stop")  # outside the steps
+        self._verdicts: list[tuple[float, bool]] = []  # of steps, agreed and not yet taken
         self._told: dict[str, float] = {}  # what this rank says at the next exchange
         self._seen = 0  # samples trained on since this start, over all ranks
         self._losses = Losses(self.directory, self.console)
-        self._previous: dict[int, Any] = {}
         self._sinks: list[Any] = []
         self._progress: Progress | None = None
         self._samples: Any = None
@@ -100,14 +101,11 @@ class Run:
         return sinks
 
     def __enter__(self) -> Run:
-        for number in STOP_SIGNALS:
-            with contextlib.suppress(ValueError):  # not the main thread: the caller handles signals
-                self._previous[number] = signal.signal(number, self._on_signal)
+        self._stop.__enter__()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._stop.__exit__()
         if self._progress is not None:
             self._progress.stop()
         for sink in self._sinks:
@@ -119,13 +117,18 @@ class Run:
     # -- stopping ------------------------------------------------------------------------------------------------------
     # --------------
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if number == signal.SIGINT and self._signal == "SIGINT":
-            os._exit(130)  # the second Ctrl-C: at once, the last committed checkpoint stands
-        if self._signal is None:
-            self._signal = name
-            os.write(2, f"\n{name}: stopping after this step, then saving\n".encode())
+    def wait(self, batches: Iterator[Any]) -> Any:
+        """The next batch; None where it did not come and a signal has, and ever after: the iterator is closed then."""
+        return self._stop.wait(batches)
+
+    def interrupted(self) -> bool:
+        """Whether all ranks agreed to leave what they do aside from training. A collective, heard one call later."""
+        if self._aside.exchange({"stop": self._stop.signal is not None})["stop"]:
+            self._agree_on_signal()
+        return self.stopped_by is not None
+
+    def _agree_on_signal(self) -> None:
+        self.stopped_by = next((name for name in dist.gather(self._stop.signal) if name), "signal")
 
     def tell(self, name: str, value: float = 1) -> None:
         """Add to what this rank says under a name of TOLD; all ranks hear the sum in `should_stop`."""
@@ -136,17 +139,43 @@ class Run:
 
         A collective without a device sync: what ranks tell is heard one step later.
         """
-        self.tell("stop", self._signal is not None)
+        self.tell("stop", self._stop.signal is not None)
         self.tell("lost", self._losses.take())
         told, self._told = self._told, {}
-        heard = self._agreement.exchange(told)
-        self.diverged |= heard["nonfinite"] > 0
+        self._hear(self._agreement.exchange(told))
+        return bool(self.stopped_by or self.diverged or self.over_budget)
+
+    def settle(self) -> None:
+        """Hear all that ranks have told up to now; a collective that waits."""
+        told, self._told = self._told, {}
+        self._hear(self._agreement.exchange(told))
+        self._hear(self._agreement.drain())
+
+    def tell_verdicts(self, verdicts: list[tuple[float, bool, bool]]) -> None:
+        """Steps of this rank, at most one between two exchanges: mean loss, whether applied, whether void."""
+        for loss, applied, void in verdicts:
+            self.tell("judged")
+            self.tell("loss", loss)
+            self.tell("skipped", not applied)
+            self.tell("void", void)
+
+    def verdicts(self) -> list[tuple[float, bool]]:
+        """What all ranks agreed on, step after step, since the last call: mean loss, and whether it was applied."""
+        taken, self._verdicts = self._verdicts, []
+        return taken
+
+    def _hear(self, heard: dict[str, float]) -> None:
+        if heard["judged"]:
+            assert heard["judged"] == dist.world(), "ranks judge the same step"
+            if heard["void"]:
+                self.void += 1
+            else:
+                self._verdicts.append((heard["loss"] / dist.world(), not heard["skipped"]))
         self.lost += int(heard["lost"])
         self.written += int(heard["written"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if heard["stop"]:
-            self.stopped_by = next((name for name in dist.gather(self._signal) if name), "signal")
-        return bool(heard["stop"] or self.diverged or self.over_budget)
+            self._agree_on_signal()
 
     def report_lost(self, replaced: list[Any]) -> None:
         """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fdscale import dist
+from fdscale.engine.guard import Guard
+from fdscale.engine.initialize import was_applied
 from fdscale.engine.metrics import Meter
 from fdscale.engine.optim import set_lr
 from fdscale.engine.saver import Saver
@@ -27,57 +32,160 @@ class TrainState:
 
 def train(
     engine: Any,
-    batches: Iterator[Any],
+    open_stream: Callable[[int], Generator[Any, None, None]],
     prepare: Callable[[Any], tuple[Any, ...]],
+    blank: Callable[[], tuple[Any, ...]],
     state: TrainState,
     run: Run,
     meter: Meter,
+    guard: Guard,
+    saver: Saver,
     *,
     stop_at: int,
     batch_size: int,
     schedule: Callable[[int], float],
-    saver: Saver,
+    save: Callable[[], object],
+    go_back: Callable[[], bool],
     evaluate: Callable[[], dict[str, Any]],
     logging: Log,
     saving: Save,
 ) -> None:
     """Train until step `stop_at` (or a signal, or divergence), then save.
 
-    batches yields micro-batches; prepare turns one into the module's arguments; the module returns the loss.
+    open_stream gives the micro-batches from a sample number on; prepare turns one into the module's arguments, and
+    blank gives such without data; the module returns the loss. go_back handles `guard.trouble`: it changes `state`, or
+    returns False where it cannot. save begins to save `state`, through the saver.
     """
-    start = state.step
-    while state.step < stop_at and not run.should_stop(state.step):
-        saver.poll()
-        set_lr(engine.optimizer, schedule(state.step))
-        for _ in range(engine.gradient_accumulation_steps()):
-            loss = engine(*prepare(meter.wait(batches)))
-            engine.backward(loss)
-            if engine.is_gradient_accumulation_boundary():
-                saver.before_update()
-            engine.step()
-            meter.add(loss)
-        state.step += 1
-        state.samples += batch_size
-        run.advance(state.step, batch_size)
-        run.tell("nonfinite", meter.end_step(engine.was_step_applied()))
-        meter.stall(saver.take_stall_s())
+    saver.saved_step, stream = state.step, Stream(open_stream)
+    stuck = functools.partial(_stuck, run, meter, guard, stream, go_back)
 
-        due = due_at(state.step, stop_at)
-        heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
-        if due(logging.every) or heldout:
-            run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost, **heldout})
-        if state.step % saving.every == 0 and healthy(meter):
-            saver.begin(state.step, state.samples)
-        run.diverged |= saver.broken
+    try:
+        while state.step < stop_at and not run.should_stop(state.step) and not stuck():
+            saver.poll()
+            set_lr(engine.optimizer, schedule(state.step))
+            void = _step(engine, stream.at(state.samples), prepare, blank, run, meter, saver)
+            if void and dist.world() == 1:
+                run.tell("stop")
+                break
+            state.step += 1
+            state.samples += batch_size
+            stream.went_on(state.samples)
+            run.advance(state.step, batch_size)
+            meter.end_step(was_applied(engine), void=void)
+            meter.stall(saver.take_stall_s())
+            run.tell_verdicts(meter.verdicts())
+            if state.step % saving.every == 0 or state.step == stop_at:
+                _settle(run, meter)
+                step = state.step
+                if run.void or stuck() or state.step != step:
+                    continue
+
+            due = due_at(state.step, stop_at)
+            heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
+            if due(logging.every) or heldout:
+                _log(run, state, meter, guard, engine, heldout)
+            if state.step % saving.every == 0 and guard.calm:
+                save()
+    finally:
+        stream.close()
+    _settle(run, meter)
+    for verdict in run.verdicts():
+        guard.judge(*verdict)
+    state.step -= run.void
+    state.samples -= run.void * batch_size
     saver.finish()
-    run.diverged |= saver.broken
-    if meter.steps:  # stopped between two log lines
-        run.log({"step": state.step, "samples": state.samples, **meter.read(engine), "lost": run.lost})
-    if state.step not in (start, saver.saved_step) and not run.diverged:
-        run.diverged = not healthy(meter)
-        if not run.diverged:
-            saver.save(state.step, state.samples)
-            run.diverged = saver.broken
+    meter.stall(saver.take_stall_s())
+    if meter.steps and not run.void:  # stopped between two log lines
+        _log(run, state, meter, guard, engine, {})
+    if state.step != saver.saved_step and not run.diverged and guard.trouble is None:
+        save()
+        run.diverged = not saver.has_saved(state.step)
+
+
+def _stuck(run: Run, meter: Meter, guard: Guard, stream: Stream, go_back: Callable[[], bool]) -> bool:
+    """Judge what was heard, and go back where it says so; whether the run must end for it. A collective then."""
+    for verdict in run.verdicts():
+        guard.judge(*verdict)
+    if guard.trouble is not None and not run.stopped_by:
+        run.settle()
+        run.verdicts()  # these steps and what follows are given up
+        meter.restart()
+        stream.close()
+        run.diverged |= not aside(meter, go_back)
+    return run.diverged
+
+
+def _settle(run: Run, meter: Meter) -> None:
+    """Hear of all steps there were; a collective."""
+    run.settle()
+    for verdict in meter.verdicts(wait=True):
+        run.tell_verdicts([verdict])
+        run.settle()
+
+
+def _step(
+    engine: Any,
+    batches: Iterator[Any],
+    prepare: Callable[[Any], tuple[Any, ...]],
+    blank: Callable[[], tuple[Any, ...]],
+    run: Run,
+    meter: Meter,
+    saver: Saver,
+) -> bool:
+    """One step; returns whether it is void: this rank was told to stop and left its wait for data.
+
+    The others may be in the step's collectives already, so it takes part with blank data and a loss that is not a
+    number, and nobody's weights change. A rank alone just leaves.
+    """
+    void = False
+    for _ in range(engine.gradient_accumulation_steps()):
+        batch = None if void else meter.wait(lambda: run.wait(batches))
+        void = batch is None
+        if void and dist.world() == 1:
+            return True
+        loss = engine(*(blank() if void else prepare(batch)))
+        loss = loss * (math.nan if void else finite_or_nan(loss))
+        engine.backward(loss)
+        if engine.is_gradient_accumulation_boundary():
+            saver.before_update()
+        engine.step()
+        meter.add(loss)
+    return void
+
+
+class Stream:
+    """The stream of batches, opened anew where the next sample is not the one that it would give."""
+
+    def __init__(self, open_at: Callable[[int], Generator[Any, None, None]]):
+        self._open, self._next = open_at, -1
+        self._batches: Generator[Any, None, None] | None = None
+
+    def at(self, samples: int) -> Iterator[Any]:
+        """The micro-batches from this sample number on."""
+        if self._batches is None or samples != self._next:
+            self.close()
+            self._batches, self._next = self._open(samples), samples
+        return self._batches
+
+    def went_on(self, samples: int) -> None:
+        """The next sample is this one."""
+        self._next = samples
+
+    def close(self) -> None:
+        """Stop the workers."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+
+def finite_or_nan(loss: Tensor) -> Tensor:
+    """1, or NaN where the loss is not finite: a gradient that is finite all the same must not be applied."""
+    return loss.detach() * 0 + 1
+
+
+def _log(run: Run, state: TrainState, meter: Meter, guard: Guard, engine: Any, more: dict[str, Any]) -> None:
+    counts = {"skipped": guard.skipped, "lost": run.lost}
+    run.log({"step": state.step, "samples": state.samples, **meter.read(engine), **counts, **more})
 
 
 def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
@@ -99,8 +207,3 @@ def aside(meter: Meter, work: Callable[[], Any]) -> Any:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def healthy(meter: Meter) -> bool:
-    """Whether all ranks' state may be saved, as far as losses tell. A collective."""
-    return not dist.any_rank(not meter.healthy())

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
-APPS = {"assemble", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench"}
+APPS = {"assemble", "recovery", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench"}
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
@@ -22,13 +22,28 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"kernels"},
     "objective": {"kernels"},
-    "run": {"config", "keys", "dist"},
+    "signals": set(),
+    "run": {"config", "keys", "dist", "signals"},
     "engine": {"config", "keys", "dist", "run"},
     "train": {"engine", "run", "keys", "dist"},
     "diagnose": {"models", "data"},
-    "cli": {"config", *APPS},
+    "cli": {"config", "signals", *APPS},
     **{
-        app: {"train", "models", "data", "objective", "engine", "run", "diagnose", "config", "keys", "dist", *APPS}
+        app: {
+            "train",
+            "models",
+            "data",
+            "objective",
+            "engine",
+            "run",
+            "diagnose",
+            "config",
+            "keys",
+            "dist",
+            "recovery",
+            "signals",
+            *APPS,
+        }
         for app in APPS
     },
 }

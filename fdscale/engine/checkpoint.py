@@ -80,15 +80,18 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    A collective: rank 0 looks, all get its answer. Raises UserError for one that a newer fdscale wrote.
+    before: only of steps below this one. A collective: rank 0 looks, all get its answer. Raises UserError for one that
+    a newer fdscale wrote.
     """
 
     def look() -> tuple[Path | None, list[str]]:
         skipped: list[str] = []
         for checkpoint in committed(folder):
+            if before is not None and checkpoint.name >= name_of(before):
+                continue
             problem = verify(checkpoint)
             if problem is None:
                 return checkpoint, skipped
@@ -217,6 +220,5 @@ def load(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> tuple[int, 
         own[name].copy_(value)
     engine.global_steps = saved["step"]
     engine.global_samples = saved["samples"]
-    engine.skipped_steps = saved["skipped_steps"]
     engine.micro_steps = saved["step"] * engine.gradient_accumulation_steps()
     return saved["step"], saved["samples"]

@@ -238,6 +238,8 @@ def initialize(
         "gradient_clipping": clip_grad if stage(ds) else 0.0,
         "steps_per_print": 2**60,
     }
+    if bf16(ds):  # without it DeepSpeed applies an update that is not finite, at stage 2
+        settings["bf16"] = {**ds["bf16"], "check_grad_overflow": True}
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of the op that it built
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
     groups = param_groups(module, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
@@ -250,7 +252,7 @@ def initialize(
         group["params"] = [parameters[name] for name in group["names"]]
     optimizer = adamw(groups, betas, eps, stage=stage(ds), offloaded=offloaded(ds), fused=fused)
     if stage(ds) == 0:
-        optimizer.register_step_pre_hook(lambda opt, args, kwargs: _clip(opt, clip_grad))
+        _clip_or_skip(optimizer, clip_grad)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     if stage(ds) == 0 and dist.world() == 1:
         engine.enable_backward_allreduce = False  # nothing to reduce, and it would copy every gradient twice
@@ -276,11 +278,31 @@ def materialise(
             assert not buffer.is_meta, f"the buffer {prefix}.{name} has no value"
 
 
-def _clip(optimizer: torch.optim.Optimizer, bound: float) -> None:
-    """Clip the whole gradient to the bound and leave its norm where DeepSpeed's engine looks for it."""
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if bound > 0:
-        scale = (bound / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(gradients, scale)
-    optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
+def was_applied(engine: Any) -> bool | Tensor:
+    """Whether the last step updated the weights; a tensor on the device at stage 0, where nobody has waited for it."""
+    return (
+        engine.was_step_applied() if engine.zero_optimization_stage() else engine.optimizer._global_grad_norm.isfinite()
+    )
+
+
+def _clip_or_skip(optimizer: torch.optim.Optimizer, bound: float) -> None:
+    """Make an optimizer clip the whole gradient to the bound before its step, and skip a step that is not finite.
+
+    Weights, moments and the count of updates stay as they are then. The norm is left where DeepSpeed's engine looks for
+    it. torch's fused AdamW decides on the device; for others the host waits.
+    """
+    update = optimizer.step
+
+    def step(closure: None = None) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        optimizer._global_grad_norm = norm  # type: ignore[attr-defined]
+        if bound > 0:
+            torch._foreach_mul_(gradients, (bound / (norm + 1e-6)).clamp(max=1.0))
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            update()
+        elif norm.isfinite():
+            update()
+
+    optimizer.step = step  # type: ignore[method-assign, assignment]

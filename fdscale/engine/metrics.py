@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,6 @@ PEAK_BF16 = {
     "RTX 4090": 165e12,
     "RTX A6000": 155e12,
 }
-MAX_BAD_STEPS = 10  # skipped steps in a row after which a run is called diverged
 
 
 def peak_flops(dtype: torch.dtype) -> float | None:
@@ -53,10 +52,9 @@ class Meter:
 
     def __init__(self, batch_size: int, work: Work, peak: float | None):
         self._batch_size, self._work, self._peak = batch_size, work, peak
-        self._bad_steps = 0
+        self._micro = 0  # micro-batches of the step under way
         self._step_loss: Tensor | None = None  # sum over the micro-batches of the step under way
-        self._poisoned = False  # whether the weights were ever updated with a non-finite loss
-        self._pending: tuple[Tensor, torch.cuda.Event, bool] | None = None
+        self._fates: list[tuple[Tensor, torch.cuda.Event | None, bool]] = []  # of steps
         self._reset()
 
     def _reset(self) -> None:
@@ -65,15 +63,20 @@ class Meter:
         self._data_wait_s = self._save_stall_s = 0.0
         self._start = time.perf_counter()
 
+    def restart(self) -> None:
+        """Forget the steps of this interval, and what is known of them."""
+        self._fates.clear()
+        self._reset()
+
     @property
     def steps(self) -> int:
         """Steps in this interval so far."""
         return self._steps
 
-    def wait(self, batches: Iterator[Any]) -> Any:
-        """The next batch; the time until it is there counts as waiting for data."""
+    def wait(self, take: Callable[[], Any]) -> Any:
+        """The next batch, which take() returns; the time until it is there counts as waiting for data."""
         start = time.perf_counter()
-        batch = next(batches)
+        batch = take()
         self._data_wait_s += time.perf_counter() - start
         return batch
 
@@ -82,6 +85,7 @@ class Meter:
         loss = loss.detach()
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         self._losses += 1
+        self._micro += 1
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training (evaluation, saving)."""
@@ -92,46 +96,37 @@ class Meter:
         self._save_stall_s += seconds
         self.pause(seconds)
 
-    def end_step(self, applied: bool) -> bool:
-        """Close a step; whether this rank has seen the run diverge.
+    def end_step(self, applied: bool | Tensor, *, void: bool = False) -> None:
+        """Close a step; applied: whether the weights were updated, a tensor where only the device knows.
 
-        A non-finite loss is fatal once the weights have been updated with it (applied); where DeepSpeed skipped the
-        update, it is fatal after MAX_BAD_STEPS in a row. On a GPU the verdict is copied to the host behind the step and
-        looked at one step later.
+        void: whether it does not count, since this rank had no data for it.
         """
         assert self._step_loss is not None
         loss, self._step_loss = self._step_loss, None
         self._loss = loss if self._loss is None else self._loss + loss
         self._steps += 1
-        bad = ~torch.isfinite(loss)
-        if not bad.is_cuda:
-            self._judge(bad, applied)
-        else:
+        fate = torch.stack([loss.double() / self._micro, torch.as_tensor(applied, device=loss.device).double()])
+        self._micro = 0
+        event = None
+        if fate.is_cuda:
+            fate = fate.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
-            on_host = bad.to("cpu", non_blocking=True)
             event.record()
-            before, self._pending = self._pending, (on_host, event, applied)
-            self._judge_pending(before)
-        return self._poisoned or self._bad_steps >= MAX_BAD_STEPS
+        self._fates.append((fate, event, void))
 
-    def _judge(self, bad: Tensor, applied: bool) -> None:
-        self._poisoned |= bool(bad) and applied
-        self._bad_steps = self._bad_steps + 1 if bool(bad) or not applied else 0
+    def verdicts(self, *, wait: bool = False) -> list[tuple[float, bool, bool]]:
+        """Mean loss of each step that has not been given yet, whether it was applied, and whether it was void.
 
-    def _judge_pending(self, pending: tuple[Tensor, torch.cuda.Event, bool] | None) -> None:
-        if pending is not None:
-            bad, event, applied = pending
-            event.synchronize()
-            self._judge(bad, applied)
-
-    def healthy(self) -> bool:
-        """Whether this rank's training state may be saved, now, as far as losses tell (waits for the device).
-
-        Not while steps are being skipped: what follows broken weights looks like that too, at ZeRO 1 to 3.
+        On a GPU a step's are copied to the host behind it and given one step later; wait: all, now.
         """
-        pending, self._pending = self._pending, None
-        self._judge_pending(pending)
-        return not self._poisoned and self._bad_steps == 0
+        known = []
+        while len(self._fates) > (0 if wait or not torch.cuda.is_available() else 1):
+            fate, event, void = self._fates.pop(0)
+            if event is not None:
+                event.synchronize()
+            loss, applied = fate.tolist()
+            known.append((loss, bool(applied), void))
+        return known
 
     def read(self, engine: Any) -> dict[str, Any]:
         """The interval's record, averaged over ranks where ranks differ, and a new interval. A collective."""
@@ -150,7 +145,6 @@ class Meter:
             "data_wait_s": self._data_wait_s / self._steps,
             "save_stall_s": self._save_stall_s,
             "mem_gib": memory_gib(),
-            "skipped": engine.skipped_steps,
         }
         if self._peak is not None:
             share = rate / (self._peak * dist.world())

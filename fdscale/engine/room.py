@@ -13,11 +13,12 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from fdscale import UserError, dist
-from fdscale.engine.checkpoint import committed, step_of
+from fdscale.engine.checkpoint import committed, read_state, step_of
 
 PREFIX = ".writing-"
 
@@ -41,17 +42,29 @@ class Room:
         return path
 
     def commit(self, name: str) -> None:
-        """Give a draft its name, in place of what had it, then move the pointer `latest`; durably. Rank 0."""
-        draft, final = self.path / name, self.folder / name
+        """Give a draft its name, in place of what had it, durably. Rank 0."""
+        draft, final, old = self.path / name, self.folder / name, self.path / f"old-{name}"
         with self.fenced_if_gone():
             sync(draft)
+            shutil.rmtree(old, ignore_errors=True)
             if final.exists():  # the same step again, after a resume from an earlier checkpoint
-                self.discard(final)
-            os.replace(draft, final)
+                os.replace(final, old)
+            try:
+                os.replace(draft, final)
+            except OSError:
+                with contextlib.suppress(OSError):
+                    os.replace(old, final)
+                raise
             sync(self.folder)
-            pointer = self.path / "latest"
-            write_durably(pointer, final.name + "\n")
-            os.replace(pointer, self.folder / "latest")
+        shutil.rmtree(old, ignore_errors=True)
+
+    def point(self) -> None:
+        """Let `latest` name the newest checkpoint. Rank 0."""
+        pointer = self.path / "latest"
+        with self.fenced_if_gone():
+            for newest in committed(self.folder)[:1]:
+                write_durably(pointer, newest.name + "\n")
+                os.replace(pointer, self.folder / "latest")
 
     def discard(self, checkpoint: Path) -> None:
         """Remove a checkpoint: first out of the namespace, so that a crash leaves no half under a committed name."""
@@ -60,6 +73,17 @@ class Room:
         with self.fenced_if_gone():
             os.replace(checkpoint, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+    def discard_if(self, unwanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Remove the checkpoints whose state.json, as far as it can be read, is unwanted. Rank 0."""
+        for path in committed(self.folder):
+            try:
+                doomed = unwanted(read_state(path))
+            except (UserError, KeyError, TypeError):
+                continue  # damaged: whoever looks for one to load says so
+            if doomed:
+                self.discard(path)
+                self.point()
 
     def abandon(self, name: str) -> None:
         """Remove what there is of a draft."""

@@ -138,9 +138,10 @@ class Saver:
     """
 
     def __init__(self, engine: Any, room: Room, run: Run, identity: dict[str, Any]):
-        self.saved_step: int | None = None  # of the newest checkpoint that this start has committed
-        self.broken = False  # whether a state was not saved since it was not finite; agreed by all ranks
-        self._engine, self._room, self._run, self._identity = engine, room, run, identity
+        self.room = room
+        self.saved_step: int | None = None  # of the newest checkpoint of this run, as far as this start knows
+        self.broken = False  # whether the last save was given up since the state is not finite; agreed by all ranks
+        self._engine, self._run, self._identity = engine, run, identity
         self._settings = run.settings.save
         self._snapshot = Snapshot()
         self._thread = ThreadPoolExecutor(1, "save")
@@ -161,6 +162,7 @@ class Saver:
         """
         with self._stalling():
             self._finish()
+            self.broken = False
             problem: Exception | None = None
             state: dict[str, Any] = {}
             try:
@@ -193,12 +195,15 @@ class Saver:
         with self._stalling():
             self._finish()
 
-    def save(self, step: int, samples: int, more: dict[str, Any] | None = None) -> None:
-        """Save the present state and wait. Raises UserError also where the disk refuses it; see `broken`."""
-        self.begin(step, samples, more)
+    def has_saved(self, step: int) -> bool:
+        """Wait, and see whether the checkpoint of a step is there; False: the state is not finite.
+
+        Raises UserError where the disk refused it.
+        """
         self.finish()
         if self.saved_step != step and not self.broken:
             raise UserError(f"the checkpoint of step {step} could not be written, see above; {self._last_good()}")
+        return not self.broken
 
     def take_stall_s(self) -> float:
         """Seconds that training has waited for saves since the last call."""
@@ -209,7 +214,7 @@ class Saver:
         """Leave what is under way."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if dist.rank() == 0 and self._save is None:
-            self._room.close()
+            self.room.close()
 
     @contextlib.contextmanager
     def _stalling(self) -> Iterator[None]:
@@ -230,11 +235,13 @@ class Saver:
         written = yield lambda: self._write(name, problem)
         bad = [one for one in written if one.kind]
         if bad:
-            yield lambda: self._room.abandon(name) if first else None
+            yield lambda: self.room.abandon(name) if first else None
         else:
             entries = [one.result for one in written if one.result]
             named = yield lambda: self._commit(name, state, entries) if first else None
             bad = [one for one in named if one.kind]
+            for warning in filter(None, (one.result for one in named)):
+                self._run.say(warning, "yellow")
         self._end(step, {one.kind: one.problem for one in reversed(bad)})
 
     def _start(self, work: Callable[[], Any]) -> None:
@@ -267,7 +274,7 @@ class Saver:
         if not problems:
             self.saved_step, self._failures = step, 0
             return
-        what = f"the checkpoint of step {step} could not be written to {self._room.folder}"
+        what = f"the checkpoint of step {step} could not be written to {self.room.folder}"
         if "fenced" in problems:
             raise Fenced(problems["fenced"])
         if "other" in problems:
@@ -277,7 +284,7 @@ class Saver:
             self._run.say(f"step {step} is not saved: {problems['broken']}", "red")
             return
         self._failures += 1
-        self._run.say(f"{what} ({problems['disk']}); training goes on, {self._last_good()}", "red")
+        self._run.say(f"{what} ({problems['disk']}); {self._last_good()}", "red")
         if self._failures >= self._settings.failures:
             raise UserError(
                 f"{self._failures} saves in a row have failed (save.failures), at last that of step {step} "
@@ -286,7 +293,7 @@ class Saver:
             )
 
     def _last_good(self) -> str:
-        for found in committed(self._room.folder):
+        for found in committed(self.room.folder):
             return f"the last good checkpoint is {found}"
         return "there is no earlier checkpoint"
 
@@ -301,7 +308,6 @@ class Saver:
             "step": step,
             "samples": samples,
             "optimizer_step": local.optimizer_step(engine),
-            "skipped_steps": engine.skipped_steps,
             "identity": self._identity,
             "parameters": {name: list(shape) for name, shape in local.names_and_shapes(engine).items()},
             "buffers": sorted(local.buffers(engine)),
@@ -323,15 +329,18 @@ class Saver:
         for tensor_name, tensor in tensors.items():
             if not finite(tensor):
                 raise NotFinite(f"{tensor_name} holds a value that is not finite")
-        with self._room.fenced_if_gone():
-            path = self._room.draft(name) / f"rank-{dist.rank():05d}.safetensors"
+        with self.room.fenced_if_gone():
+            path = self.room.draft(name) / f"rank-{dist.rank():05d}.safetensors"
             return tensor_file.write(path, tensors, tensors.values(), {"ranges": json.dumps(self._snapshot.ranges)})
 
-    def _commit(self, name: str, state: dict[str, Any], entries: list[dict[str, Any]]) -> None:
-        """Describe what all ranks wrote, give it its name, and remove what is too old (rank 0, in a thread)."""
+    def _commit(self, name: str, state: dict[str, Any], entries: list[dict[str, Any]]) -> str:
+        """Describe what all ranks wrote, give it its name, and remove what is too old (rank 0, in a thread).
+
+        Returns a warning where it has its name, but the rest could not be done.
+        """
         try:
-            with self._room.fenced_if_gone():
-                draft, text = self._room.draft(name), json.dumps(state)
+            with self.room.fenced_if_gone():
+                draft, text = self.room.draft(name), json.dumps(state)
                 write_durably(draft / "state.json", text)
                 content = text.encode()
                 described = {
@@ -348,11 +357,16 @@ class Saver:
                     "versions": {"fdscale": __version__, "torch": torch.__version__, "deepspeed": deepspeed_version()},
                 }
                 write_durably(draft / "manifest.json", json.dumps(manifest, indent=1))
-                self._room.commit(name)
+                self.room.commit(name)
         except BaseException:
-            self._room.abandon(name)
+            self.room.abandon(name)
             raise
-        self._room.prune(name, self._settings.keep, self._settings.keep_every)
+        try:
+            self.room.point()
+            self.room.prune(name, self._settings.keep, self._settings.keep_every)
+        except OSError as error:
+            return f"{name} is saved, but the pointer to it, or what is too old, could not be changed: {error}"
+        return ""
 
 
 def finite(tensor: Tensor) -> bool:

@@ -28,7 +28,8 @@ def save(engine: Any, folder: Path, step: int = 2, *more: str, identity: dict | 
     run = Run(folder.parent, config.load("demo", [*more]))
     saver = Saver(engine, open_room(folder, secrets.token_hex(4)), run, identity or IDENTITY)
     try:
-        saver.save(step, 4 * step)
+        saver.begin(step, 4 * step)
+        assert saver.has_saved(step)
     finally:
         saver.close()
     return folder / checkpoint.name_of(step)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fdscale.engine.metrics import MAX_BAD_STEPS, Meter, Work, peak_flops
+from fdscale.engine.metrics import Meter, Work, peak_flops
 
 WORK = Work(student=300, teacher=50, recomputed=100)
 
@@ -18,7 +18,6 @@ def engine() -> SimpleNamespace:
     """What the meter asks of DeepSpeed's engine."""
     return SimpleNamespace(
         get_global_grad_norm=lambda: 0.5,
-        skipped_steps=3,
         optimizer=SimpleNamespace(param_groups=[{"lr": 0.1}, {"lr": 0.2}]),
     )
 
@@ -28,14 +27,14 @@ def test_record_of_an_interval() -> None:
     for values in ((1.0, 2.0), (3.0, 6.0)):
         for value in values:
             meter.add(torch.tensor(value))
-        assert not meter.end_step(applied=True)
+        meter.end_step(applied=True)
     time.sleep(0.05)
     meter.pause(0.02)
     meter.stall(0.02)
     record = meter.read(engine())
     assert record["save_stall_s"] == 0.02
     assert record["loss"] == 3.0
-    assert (record["lr"], record["grad_norm"], record["skipped"]) == (0.2, 0.5, 3)
+    assert (record["lr"], record["grad_norm"]) == (0.2, 0.5)
     assert record["step_s"] * record["images_per_s"] == pytest.approx(32)
     assert record["mfu"] == pytest.approx(record["images_per_s"] * 300 / 1000)
     assert record["mfu_teacher"] / record["mfu"] == pytest.approx(50 / 300)
@@ -52,7 +51,7 @@ def test_waiting_for_data_is_counted() -> None:
         time.sleep(0.03)
         yield "batch"
 
-    assert meter.wait(slow()) == "batch"
+    assert meter.wait(slow().__next__) == "batch"
     meter.add(torch.tensor(1.0))
     meter.end_step(applied=True)
     record = meter.read(engine())
@@ -60,32 +59,21 @@ def test_waiting_for_data_is_counted() -> None:
     assert "mfu" not in record
 
 
-def test_a_loss_that_went_into_the_weights_is_fatal() -> None:
+def test_the_fate_of_each_step_is_told_once() -> None:
     meter = Meter(8, WORK, None)
+    told = []
+    for losses, applied, void in (((1.0, 3.0), True, False), ((math.inf, 1.0), torch.tensor(False), False)):
+        for loss in losses:
+            meter.add(torch.tensor(loss))
+        meter.end_step(applied, void=void)
+        told.append(meter.verdicts())
+    assert told == [[(2.0, True, False)], [(math.inf, False, False)]]
+    assert meter.verdicts(wait=True) == []
     meter.add(torch.tensor(math.nan))
-    assert meter.end_step(applied=True)
-    meter.read(engine())
-    assert not meter.healthy()  # also after the interval was read
-
-
-def test_a_skipped_step_is_not_until_it_repeats() -> None:
-    meter = Meter(8, WORK, None)
-    verdicts = []
-    for _ in range(MAX_BAD_STEPS):
-        meter.add(torch.tensor(math.inf))
-        verdicts.append(meter.end_step(applied=False))
-        assert not meter.healthy()  # nothing is saved meanwhile: broken weights look like this at ZeRO 1 to 3
-    assert verdicts == [False] * (MAX_BAD_STEPS - 1) + [True]
-
-
-def test_one_skipped_step_delays_saving_only() -> None:
-    meter = Meter(8, WORK, None)
-    meter.add(torch.tensor(math.inf))
-    assert not meter.end_step(applied=False)
-    assert not meter.healthy()
-    meter.add(torch.tensor(1.0))
-    assert not meter.end_step(applied=True)
-    assert meter.healthy()
+    meter.end_step(False, void=True)
+    meter.restart()
+    assert meter.steps == 0
+    assert meter.verdicts() == []
 
 
 def test_no_peak_without_a_known_gpu() -> None:

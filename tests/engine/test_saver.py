@@ -48,6 +48,11 @@ class Training:
         self.saver.before_update()
         self.engine.step()
 
+    def save(self, step: int, samples: int) -> bool:
+        """As at the end of a run."""
+        self.saver.begin(step, samples)
+        return self.saver.has_saved(step)
+
     def steps_until_saved(self, step: int) -> int:
         """Train until a save is committed; how many steps that were."""
         for done in range(100_000):
@@ -110,17 +115,17 @@ def test_a_save_that_falls_due_while_one_is_under_way_waits_for_it(engine: Any, 
     for step in (3, 4, 5):
         assert_saved(training.folder / checkpoint.name_of(step), states[step])
     memory = training.saver._snapshot._memory
-    training.saver.save(6, 24)
+    training.save(6, 24)
     assert training.saver._snapshot._memory is memory
 
 
 def test_a_state_that_is_not_finite_is_not_committed(process_group: None, tmp_path: Path) -> None:
     training = Training(make_engine(), tmp_path)
     training.step()
-    training.saver.save(1, 4)
+    training.save(1, 4)
     part, values = list(state.read(training.engine))[-1]
     values["exp_avg_sq"][-1] = torch.inf
-    training.saver.save(2, 8)
+    training.save(2, 8)
     assert training.saver.broken
     assert training.committed() == [1]
     assert f"exp_avg_sq/{part.name} holds a value that is not finite" in training.said[0]
@@ -144,7 +149,7 @@ def test_a_full_disk(engine: Any, tmp_path: Path) -> None:
     """A save that does not fit is given up, room is made, the next one is whole; then no more room, and it stops."""
     with full_disk(tmp_path / "disk"):
         training = Training(engine, tmp_path / "disk", "a", "save.keep=9", "save.failures=2")
-        training.saver.save(1, 4)
+        training.save(1, 4)
         size = sum(file.stat().st_size for file in (training.folder / "step-00000001").iterdir())
         filler = tmp_path / "disk" / "filler"
         filler.write_bytes(b"x" * (shutil.disk_usage(tmp_path / "disk").free - size // 2))
@@ -163,7 +168,7 @@ def test_a_full_disk(engine: Any, tmp_path: Path) -> None:
         assert_saved(training.folder / "step-00000003", before)
         filler.write_bytes(b"x" * (shutil.disk_usage(tmp_path / "disk").free - size // 2))
         with pytest.raises(UserError, match=r"step 4 could not be written, see above; the last good .*step-00000003"):
-            training.saver.save(4, 16)
+            training.save(4, 16)
         training.saver.begin(5, 20)
         with pytest.raises(UserError, match=r"2 saves in a row have failed .*No space left.*step-00000003"):
             training.steps_until_saved(5)
@@ -174,7 +179,7 @@ def test_a_full_disk(engine: Any, tmp_path: Path) -> None:
 def test_a_file_that_may_not_grow(engine: Any, tmp_path: Path) -> None:
     """As a quota does, the limit lets a file begin and cuts it."""
     training = Training(engine, tmp_path)
-    training.saver.save(1, 4)
+    training.save(1, 4)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
     try:
@@ -193,14 +198,14 @@ def test_a_bug_is_the_same_error_on_all_ranks_and_ends_the_run(
     training = Training(engine, tmp_path)
     monkeypatch.setattr(saver.local, "read", lambda engine: 1 / 0)
     with pytest.raises(UserError, match=r"step 3 could not be written .*rank 0 .* ZeroDivisionError.* no earlier"):
-        training.saver.save(3, 12)
+        training.save(3, 12)
     assert "1 / 0" in capfd.readouterr().err
 
 
 def test_who_takes_over_fences_whatever_the_other_was_doing(engine: Any, tmp_path: Path) -> None:
     """The first start is caught with a draft, before a commit, before the pointer, and before pruning."""
     first = Training(engine, tmp_path, "1", "save.keep=1")
-    first.saver.save(1, 4)
+    first.save(1, 4)
     draft = first.room.draft("step-00000002")
     (draft / "rank-00000.safetensors").write_bytes(b"half")
     pointer = first.room.path / "latest"
@@ -216,11 +221,11 @@ def test_who_takes_over_fences_whatever_the_other_was_doing(engine: Any, tmp_pat
     with pytest.raises(FileNotFoundError):
         os.replace(pointer, first.folder / "latest")
     with pytest.raises(Fenced):
-        first.saver.save(3, 12)
+        first.save(3, 12)
     first.saver.close()
     assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*")) == before
     assert second.committed() == [1]
-    second.saver.save(2, 8)
+    second.save(2, 8)
     second.saver.close()
     assert sorted(os.listdir(second.folder)) == ["latest", "step-00000002"]
 
