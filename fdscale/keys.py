@@ -200,6 +200,12 @@ class Save:
 
     every: int = option(1000, "steps between checkpoints; the end of a run is always saved", low=1, neutral=True)
     keep: int = option(3, "newest checkpoints that are kept", low=1, neutral=True)
+    keep_every: int | None = option(
+        None, "steps: those at a multiple are kept for ever; null: none", low=1, neutral=True
+    )
+    failures: int = option(
+        3, "saves in a row that may fail, as on a full disk; then the run stops", low=1, neutral=True
+    )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from fdscale import UserError, config, dist, starts
 from fdscale.signals import Stop
 from fdscale.starts import write_atomically
 
-TOLD = ("stop", "fenced", "lost", "judged", "loss", "skipped", "void")  # what ranks tell each other at every step
+TOLD = ("stop", "fenced", "lost", "written", "judged", "loss", "skipped", "void")  # what ranks tell at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 PATIENCE_S = 5.0  # for data after a signal, where other ranks may be waiting for this one
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
@@ -47,6 +47,7 @@ class Run:
         self.clock = clock or starts.Clock()
         self.start: starts.Start | None = None  # rank 0's, while the directory is ours
         self.lost = 0  # samples replaced since this start, over all ranks
+        self.written = 0  # times that a rank was done with its part in a save, over all ranks
         self.over_budget = False  # whether these are more than data.lost_budget allows
         self._stop = Stop(PATIENCE_S if dist.world() > 1 else 0.1)
         self._agreement = dist.Agreement(*TOLD)
@@ -215,6 +216,7 @@ class Run:
                 self._verdicts.append((heard["loss"] / dist.world(), not heard["skipped"]))
         self.fenced |= heard["fenced"] > 0
         self.lost += int(heard["lost"])
+        self.written += int(heard["written"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if heard["stop"]:
             self._agree_on_signal()

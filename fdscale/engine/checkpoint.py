@@ -1,4 +1,4 @@
-"""Checkpoints that are committed or absent, and that unpickle nothing.
+"""Checkpoints that are committed or absent, and that unpickle nothing: what they are, and reading them.
 
     RUN/checkpoints/latest                 the name of the newest committed checkpoint, replaced atomically
     RUN/checkpoints/step-00000100/
@@ -8,33 +8,29 @@
         trajectory, config
         manifest.json                      size and SHA-256 of every other file, world size, versions
 
-All ranks write under a temporary name and sync; then rank 0 writes the manifest and renames. A directory without the
-temporary name is complete, and its manifest proves it. Every file says which range of each flattened parameter it
-holds, so any number of ranks, at any ZeRO stage, can read what it needs.
+They are written by `fdscale.engine.saver`, in a directory that gets its name when all ranks have written and synced
+(`fdscale.engine.room`): what has a name is complete, and its manifest proves it. Every file says which range of each
+flattened parameter it holds, so any number of ranks, at any ZeRO stage, can read what it needs.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fdscale import UserError, __version__, config, dist
+from fdscale import UserError, __version__, dist
 from fdscale.engine import state as local
-from fdscale.run import write_atomically
 
 FORMAT = 1
-TEMPORARY = ".writing-"
 
 
 def name_of(step: int) -> str:
@@ -42,189 +38,15 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def save(
-    engine: Any,
-    folder: Path,
-    *,
-    step: int,
-    samples: int,
-    identity: dict[str, Any],
-    settings: config.Config,
-    keep: int,
-    guard: dict[str, Any] | None = None,
-) -> Path:
-    """Write and commit the checkpoint of a step; a collective. Returns its directory.
-
-    identity: plain data that fixes the trajectory (see `config.trajectory`), compared at resume. guard: see
-    `guard.Guard.state`. Raises UserError where writing fails; what was committed before stays as it was.
-    """
-    final = folder / name_of(step)
-    temporary = folder / f"{TEMPORARY}{name_of(step)}"
-    _together(lambda: _make_room(temporary) if dist.rank() == 0 else None, step, folder)
-    entries = _together(lambda: _write_rank(engine, temporary), step, folder)
-    state = _describe(engine, step, samples, identity, settings) | {"guard": guard or {}}
-    written = [entry for entry in entries if entry]
-    _together(lambda: _commit(engine, temporary, final, written, state) if dist.rank() == 0 else None, step, folder)
-    if dist.rank() == 0:
-        _prune(folder, final, keep)
-    return final
-
-
-def _together(work: Callable[[], Any], step: int, folder: Path) -> list[Any]:
-    """Every rank's result, or the same error on all: a rank that fails alone would leave the others waiting for it."""
-    result, problem = None, ""
-    try:
-        result = work()
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        problem = f"rank {dist.rank()} on {os.uname().nodename}: {type(error).__name__}: {error}"
-    gathered = dist.gather((result, problem))
-    problems = [problem for _, problem in gathered if problem]
-    if problems:
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder} ({problems[0]}); earlier checkpoints are "
-            "intact"
-        )
-    return [result for result, _ in gathered]
-
-
-def _make_room(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-
-def _write_rank(engine: Any, temporary: Path) -> dict[str, Any] | None:
-    """Write this rank's file; returns its manifest entry, or None when the rank holds nothing."""
-    tensors: dict[str, Tensor] = {}
-    index: dict[str, list[int]] = {}
-    for part, values in local.read(engine):
-        index[part.name] = [part.start, part.length]
-        tensors.update({f"{key}/{part.name}": value.float().cpu().contiguous() for key, value in values.items()})
-    if dist.rank() == 0:
-        tensors.update(
-            {f"buffer/{name}": buffer.detach().cpu().contiguous() for name, buffer in local.buffers(engine).items()}
-        )
-    if not tensors:
-        return None
-    path = temporary / f"rank-{dist.rank():05d}.safetensors"
-    save_file(tensors, path, metadata={"ranges": json.dumps(index)})
-    _sync(path)
-    return _entry(path)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _describe(
-    engine: Any, step: int, samples: int, identity: dict[str, Any], settings: config.Config
-) -> dict[str, Any]:
-    """The content of state.json."""
-    return {
-        "format": FORMAT,
-        "step": step,
-        "samples": samples,
-        "optimizer_step": local.optimizer_step(engine),
-        "identity": identity,
-        "parameters": {name: list(shape) for name, shape in local.names_and_shapes(engine).items()},
-        "buffers": sorted(local.buffers(engine)),
-        "groups": [
-            {key: group[key] for key in ("names", "lr", "lr_scale", "weight_decay")}
-            for group in engine.optimizer.param_groups
-        ],
-        "config": config.as_dict(settings),
-    }
-
-
-def _commit(engine: Any, temporary: Path, final: Path, entries: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Describe what all ranks wrote, and give it its name (rank 0)."""
-    write_atomically(temporary / "state.json", json.dumps(state))
-    manifest = {
-        "format": FORMAT,
-        "files": [*entries, _entry(temporary / "state.json")],
-        "world": dist.world(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "identity": config.digest(state["identity"]),
-        "versions": {"fdscale": __version__, "torch": torch.__version__, "deepspeed": _deepspeed_version()},
-    }
-    write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
-    _sync(temporary)
-    if final.exists():  # the same step again, after a resume from an earlier checkpoint
-        _discard(final)
-    os.replace(temporary, final)
-    _sync(final.parent)
-    write_atomically(final.parent / "latest", final.name + "\n")
-
-
-def _deepspeed_version() -> str:
-    import deepspeed
-
-    return deepspeed.__version__
-
-
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Keep the newest `keep` up to and including the one just written.
-
-    Later steps belong to a future that was abandoned when the run walked back past damaged checkpoints. What cannot be
-    removed stays: the checkpoint itself is written.
-    """
-    present = committed(folder)
-    past = [path for path in present if path.name <= newest.name]
-    with contextlib.suppress(OSError):
-        for old in [*past[keep:], *(path for path in present if path.name > newest.name)]:
-            _discard(old)
-
-
-def _discard(checkpoint: Path) -> None:
-    """Remove a committed directory.
-
-    First out of the namespace, so that a crash in the middle leaves no half under a committed name.
-    """
-    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def discard_if(folder: Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove the checkpoints whose state.json, as far as it can be read, is unwanted (rank 0)."""
-    for path in committed(folder):
-        try:
-            doomed = unwanted(read_state(path))
-        except (UserError, KeyError, TypeError):
-            continue  # damaged: whoever looks for one to load says so
-        if doomed:
-            _discard(path)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted write left behind (rank 0, before training)."""
-    for leftover in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def committed(folder: Path) -> list[Path]:
-    """Checkpoint directories, newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    """Checkpoint directories, newest first; what people call otherwise is left alone."""
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    return sorted(named, key=step_of, reverse=True)
 
 
 def verify(checkpoint: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -244,7 +66,7 @@ def verify(checkpoint: Path, *, contents: bool = True, share: tuple[int, int] = 
                 return f"{entry['name']} is missing"
             if path.stat().st_size != entry["bytes"]:
                 return f"{entry['name']} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if contents and _entry(path)["sha256"] != entry["sha256"]:
+            if contents and _sha256(path) != entry["sha256"]:
                 return f"the content of {entry['name']} does not match its hash in the manifest"
     except UserError:
         raise
@@ -253,6 +75,11 @@ def verify(checkpoint: Path, *, contents: bool = True, share: tuple[int, int] = 
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json is not readable ({error})"
     return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def newest_valid(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:

@@ -76,17 +76,15 @@ def ranges(engine: Any, *, owned: bool = True) -> Iterator[tuple[Range, Any]]:
 
 
 def read(engine: Any) -> Iterator[tuple[Range, dict[str, Tensor]]]:
-    """The owned ranges with their three vectors (views where possible; on the device where DeepSpeed keeps them)."""
+    """The owned ranges with their three vectors: views, on the device where DeepSpeed keeps them.
+
+    Nothing changes them but the optimizer, at the last micro-batch of a step. Raises UserError where there is nothing
+    to save.
+    """
     stage = _stage(engine)
     for part, parameter in ranges(engine):
         if stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-            values = [
-                safe_get_local_fp32_param(parameter),
-                *(safe_get_local_optimizer_state(parameter, key) for key in KEYS[1:]),
-            ]
-            yield part, {key: value.detach()[: part.length] for key, value in zip(KEYS, values, strict=True)}
+            yield part, {key: _partition(parameter, key)[: part.length] for key in KEYS}
         elif stage:
             yield part, {key: _fragment(engine, parameter, key) for key in KEYS}
         else:
@@ -98,9 +96,15 @@ def read(engine: Any) -> Iterator[tuple[Range, dict[str, Tensor]]]:
             yield part, {"fp32": parameter.detach().flatten(), **{key: moments[key].flatten() for key in KEYS[1:]}}
 
 
-def finite(engine: Any) -> bool:
-    """Whether the weights and moments that this rank speaks for are all finite."""
-    return all(bool(value.isfinite().all()) for _, values in read(engine) for value in values.values())
+def _partition(parameter: Any, key: str) -> Tensor:
+    """A parameter's part of its flat group at stage 3, as a view.
+
+    DeepSpeed's public way (0.19.8, `safe_get_local_fp32_param`) takes the same and copies it to the accelerator, also
+    where it was offloaded to the host.
+    """
+    name = None if key == "fp32" else key
+    value, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True, name)
+    return value.detach()
 
 
 def write(engine: Any, fetch: Callable[[Range, str], Tensor], optimizer_step: int) -> None:
@@ -134,7 +138,9 @@ def _write_stage3(parameter: Any, key: str, value: Tensor) -> None:
 def optimizer_step(engine: Any) -> int:
     """How many updates AdamW has made (its bias correction), 0 before the first."""
     base = _base_optimizer(engine)
-    steps = {int(holder["step"]) for holder in (*base.state.values(), *base.param_groups) if "step" in holder}
+    counts = [holder["step"] for holder in (*base.state.values(), *base.param_groups) if "step" in holder]
+    # As one tensor: the host waits for the device once, not for each parameter.
+    steps = {int(count) for count in torch.stack([torch.as_tensor(c) for c in counts]).tolist()} if counts else set()
     assert len(steps) <= 1, f"parameters disagree on the number of updates: {sorted(steps)}"
     return steps.pop() if steps else 0
 

@@ -1,22 +1,29 @@
 """Run by test_state.py under torchrun: train, take the state, put it into a new engine, train on; for every ZeRO stage.
 
-Prints one JSON line per configuration and rank: whether losses, norms and all state are bitwise those of never having
-stopped.
+The same state is also saved while training goes on. Prints one JSON line per configuration and rank: whether losses,
+norms and all state are bitwise those of never having stopped, and whether the checkpoint holds the state of its step.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
+import time
 import types
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from fdscale import dist
+from fdscale import config, dist
+from fdscale.engine import checkpoint, state
 from fdscale.engine import initialize as init
-from fdscale.engine import state
+from fdscale.engine.room import open_room
+from fdscale.engine.saver import Saver
+from fdscale.run import Run
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -96,7 +103,7 @@ def make(ds: dict, apex: bool = False) -> object:
     return init.initialize(module, first_value, ds, **sizes, **adam)
 
 
-def steps(engine: object, first: int, last: int) -> list[float]:
+def steps(engine: object, first: int, last: int, saver: Saver | None = None) -> list[float]:
     """Losses and norms of some steps; the batch of a step does not depend on the number of ranks."""
     seen = []
     dtype = next(engine.module.parameters()).dtype
@@ -107,6 +114,8 @@ def steps(engine: object, first: int, last: int) -> list[float]:
         for i in range(0, x.shape[0], 4):
             loss = engine(x[i : i + 4].to(dtype), y[i : i + 4])
             engine.backward(loss)
+            if saver is not None and engine.is_gradient_accumulation_boundary():
+                saver.before_update()
             engine.step()
             seen.append(loss.item())
         seen.append(float(engine.get_global_grad_norm()))
@@ -117,12 +126,26 @@ def snapshot(engine: object) -> dict[tuple[str, int, str], torch.Tensor]:
     return {(part.name, part.start, key): v.clone() for part, values in state.read(engine) for key, v in values.items()}
 
 
+def save(engine: object, folder: Path) -> Saver:
+    """Begin to save, with a copy that would come too late if the next update did not wait for it."""
+    saver = Saver(engine, open_room(folder, "token"), Run(folder, config.load("demo")), {})
+    copy = saver._snapshot.finish
+    saver._snapshot.finish = lambda: (time.sleep(0.1), copy())
+    saver.begin(3, 48)
+    return saver
+
+
 def main() -> None:
+    dist.init()
+    folder = Path(dist.gather(tempfile.mkdtemp())[0])
     for name in sys.argv[1:] or CASES:
         engine = make(CASES[name], apex=name.endswith("apex"))
         head = steps(engine, 0, 3)
         taken, updates = snapshot(engine), state.optimizer_step(engine)
-        rest, final = steps(engine, 3, 6), snapshot(engine)
+        saver = save(engine, folder / name)
+        rest, final = steps(engine, 3, 6, saver), snapshot(engine)
+        saver.finish()
+        reader = checkpoint.Reader(folder / name / "step-00000003")
         everything = {key: value for part in dist.gather(taken) for key, value in part.items()}
         fresh = make(CASES[name], apex=name.endswith("apex"))
         state.write(fresh, lambda part, key, all_=everything: all_[part.name, part.start, key], updates)
@@ -137,10 +160,16 @@ def main() -> None:
             "losses": rest == again,
             "state": final.keys() == refinal.keys() and all(torch.equal(final[key], refinal[key]) for key in final),
             "covered": {n: sum(parts.values()) for n, parts in covered.items()} == sizes,
-            "updates": updates,
+            "saved": all(
+                torch.equal(reader.full(parameter, key).flatten()[start : start + len(value)], value)
+                for (parameter, start, key), value in everything.items()
+            ),
+            "updates": updates if updates == reader.state["optimizer_step"] else None,
             "norms": [head[-1], rest[-1]],
         }
         print("\n" + json.dumps(result), flush=True)
+    dist.gather(None)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
