@@ -353,9 +353,11 @@ def _take(directory: Path, number: int, mine: dict[str, Any], clock: Clock) -> S
         try:
             os.link(draft, path)  # whole from the first moment, and one process alone can do it, also over NFS
         except FileExistsError:
-            if draft.stat().st_nlink == 1:  # else it was us: a repeated message told NFS the second time
+            if (
+                read(path).get("token") != record["token"]
+            ):  # else it was us: NFS repeats a message whose answer got lost
                 return None
-        except FileNotFoundError:  # whoever came first has tidied up
+        except FileNotFoundError:  # a later start has tidied up
             return None
         except OSError:  # a file system without links
             try:
@@ -366,7 +368,8 @@ def _take(directory: Path, number: int, mine: dict[str, Any], clock: Clock) -> S
     finally:
         draft.unlink(missing_ok=True)
     for leftover in path.parent.glob(".*.tmp"):  # of those killed while writing
-        leftover.unlink(missing_ok=True)
+        if leftover.name < f".{number:06d}":  # who wanted this number too tidies up himself
+            leftover.unlink(missing_ok=True)
     start = Start(directory, number, record, clock)
     start._thread.start()
     return start
