@@ -7,6 +7,7 @@ samples-RANK.log when asked, lost-RANK.log when samples were replaced, tensorboa
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -16,7 +17,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class Run:
         self._sinks: list[Any] = []
         self._progress: Progress | None = None
         self._samples: Any = None
+        self._refused = False  # whether the disk did not take a line
 
     # -- directory -----------------------------------------------------------------------------------------------------
     # --------------
@@ -108,11 +110,8 @@ class Run:
         self._stop.__exit__()
         if self._progress is not None:
             self._progress.stop()
-        for sink in self._sinks:
-            sink.close()
-        if self._samples is not None:
-            self._samples.close()
-        self._losses.close()
+        for file in (*self._sinks, *([self._samples] if self._samples is not None else []), self._losses):
+            self._note(file.close)
 
     # -- stopping ------------------------------------------------------------------------------------------------------
     # --------------
@@ -179,7 +178,7 @@ class Run:
 
     def report_lost(self, replaced: list[Any]) -> None:
         """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""
-        self._losses.add(replaced)
+        self._note(functools.partial(self._losses.add, replaced))
 
     # -- logging -------------------------------------------------------------------------------------------------------
     # --------------
@@ -217,7 +216,7 @@ class Run:
         if dist.rank() != 0:
             return
         for sink in self._sinks:
-            sink.write(values)
+            self._note(functools.partial(sink.write, values))
         self.say(_line(values))
         if self._progress is not None:
             self._progress.update(
@@ -227,9 +226,17 @@ class Run:
     def log_samples(self, numbers: list[int], origins: list[tuple[str, str]]) -> None:
         """One line per sample: number, shard, key."""
         if self._samples is not None:
-            self._samples.write(
-                "".join(f"{number}\t{shard}\t{key}\n" for number, (shard, key) in zip(numbers, origins, strict=True))
-            )
+            lines = (f"{number}\t{shard}\t{key}\n" for number, (shard, key) in zip(numbers, origins, strict=True))
+            self._note(functools.partial(self._samples.write, "".join(lines)))
+
+    def _note(self, write: Callable[[], object]) -> None:
+        """Write what only informs: a disk that refuses it is told of once and costs lines, not the run."""
+        try:
+            write()
+        except OSError as error:
+            if not self._refused:
+                self.console.print(f"{self.directory}: lines of logs are lost: {error}", style="red", markup=False)
+            self._refused = True
 
 
 class Losses:
@@ -242,12 +249,12 @@ class Losses:
 
     def add(self, replaced: list[Any]) -> None:
         """List and count these `data.lost.Replaced`."""
+        self._new += len(replaced)
         if replaced and self._file is None:
             self._file = (self._directory / f"lost-{dist.rank()}.log").open("a", buffering=1)
         for one in replaced:
             self._file.write("\t".join(str(field).translate(SPACES) for field in one) + "\n")
             self._tell(one)
-        self._new += len(replaced)
 
     def _tell(self, one: Any) -> None:
         """The first few in full, then a line a minute."""

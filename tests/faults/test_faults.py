@@ -7,8 +7,11 @@ equals the run that nothing happened to, to the last bit.
 from __future__ import annotations
 
 import errno
+import os
 import random
 import shutil
+import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -24,11 +27,11 @@ SEED = 0
 KINDS = {"kill": "kill -9 before a change of a file", "torn": "kill -9 in the middle of a write"}
 
 
-def changes(starts: Starts, world: int = 1) -> int:
-    """How many changes of files a whole start makes below its run directory."""
+def changes(starts: Starts, world: int = 1, below: str = "") -> int:
+    """How many changes of files a whole start makes below its run directory, or a folder of it."""
     run, count = starts.new(), starts.folder / "count"
     count.unlink(missing_ok=True)
-    assert starts.run(run, {"FAULT_BELOW": str(run), "FAULT_COUNT": str(count)}, world) == [0] * world
+    assert starts.run(run, {"FAULT_BELOW": str(run / below), "FAULT_COUNT": str(count)}, world) == [0] * world
     return int(count.read_text())
 
 
@@ -104,6 +107,72 @@ def test_a_disk_that_fails(starts: Starts, figures: Figures, error: str, lasting
         if code == [2]:
             assert "fdscale: " in said, said
         went_on(starts, run, f"{error} {'from a change on' if lasting else 'at a change'}", figures)
+
+
+def test_a_disk_that_is_really_full(starts: Starts, figures: Figures) -> None:
+    """There is room for one checkpoint and a half: the first is saved, no other; with more room all goes on."""
+    sizes = [path.stat().st_size for path in (starts.whole() / "checkpoints" / f"step-{STEPS:08d}").iterdir()]
+    run = starts.new()
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={sum(sizes) * 3 // 2}", "tmpfs", str(run)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted as root")
+    try:
+        assert starts.run(run) == [2], starts.output(run).read_text()
+        said = starts.output(run).read_text()
+        assert said.count("No space left on device") >= 2, said
+        assert f"the last good checkpoint is {run}/checkpoints/step-{EVERY:08d}" in said
+        assert newest(run) == EVERY
+        subprocess.run(["mount", "-o", "remount,size=1g", str(run)], check=True)
+        assert starts.run(run) == [0], starts.output(run).read_text()
+        starts.same(run)
+        figures.tried["full disk"] += 1
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
+
+
+def test_a_disk_that_fails_on_one_rank(starts: Starts, figures: Figures) -> None:
+    """The save is given up on both, its files are gone, and training goes on."""
+    run = starts.new()
+    fault = {"FAULT_BELOW": str(run / "checkpoints"), "FAULT_AT": "2", "FAULT_DO": str(errno.EDQUOT)}
+    pids = starts.begin(run, fault, world=2, stage=3, more=("save.keep=9",), only=1)
+    assert starts.end(pids) == [0, 0], starts.output(run).read_text()
+    said = starts.output(run).read_text()
+    assert said.count("could not be written") == 1, said
+    assert f"the checkpoint of step {EVERY} could not be written" in said
+    assert "(rank 1 on " in said
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert left == {"latest", *(f"step-{step:08d}" for step in range(2 * EVERY, STEPS + 1, EVERY))}
+    starts.same(run, world=2, stage=3)
+    figures.tried["EDQUOT on one rank"] += 1
+
+
+def test_a_start_that_slept_while_another_took_over(starts: Starts, figures: Figures) -> None:
+    """Stopped before a change below checkpoints/, it wakes up when the other is done, and changes nothing there."""
+    for at in instants(changes(starts, below="checkpoints"), 4):
+        run = starts.new()
+        fault = {"FAULT_BELOW": str(run / "checkpoints"), "FAULT_AT": str(at), "FAULT_DO": "stop"}
+        (pid,) = starts.begin(run, fault)
+        while (code := starts.zygote.code(pid)) is None and state_of(pid) != "T":
+            time.sleep(0.005)
+        assert code is None, starts.output(run).read_text()
+        assert starts.run(run) == [0], starts.output(run).read_text()
+        before = contents(run / "checkpoints")
+        os.kill(pid, signal.SIGCONT)
+        assert starts.end([pid]) in ([0], [2]), starts.output(run).read_text()  # 0: it had nothing left to save
+        assert contents(run / "checkpoints") == before, starts.output(run).read_text()
+        starts.same(run)
+        figures.tried["taken over while asleep"] += 1
+
+
+def state_of(pid: int) -> str:
+    """T: stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of all files below it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize("jump_s", [-10_000_000, 10_000_000])
