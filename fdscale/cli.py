@@ -269,6 +269,16 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
     sub.add_argument("--json", metavar="FILE", help=to)
 
+    text = "measure for how long training waits for a checkpoint"
+    sub = _verb(tables, "checkpoint", "fdscale.bench.checkpoint:main", text, "fdscale bench checkpoint --width 768")
+    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
+    sub.add_argument("--width", type=int, default=768, metavar="N", help="channels of the ViT (default: 768, 86 M)")
+    sub.add_argument("--batch", type=int, default=1, metavar="N", help="images in a batch of a rank (default: 1)")
+    sub.add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default: 1)")
+    sub.add_argument("--folder", metavar="DIR", help="where to write (default: the system's temporary directory)")
+    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code."""

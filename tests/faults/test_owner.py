@@ -48,8 +48,10 @@ def below(folder: Path) -> dict[str, tuple[int, int]]:
 def test_the_stale_one_is_fenced(starts: Starts, world: int, stage: int) -> None:
     run = starts.new()
     said = lambda: starts.output(run).read_text()  # noqa: E731
-    stale = starts.begin(run, SLOW, world, stage, TEACHER)
+    held = starts.folder / "held"
+    stale = starts.begin(run, SLOW | {"FAULT_HOLD": str(held)}, world, stage, TEACHER)
     wait_for(lambda: (run / "checkpoints" / "latest").exists(), said)
+    held.touch()  # it must live until the other one has looked, however long that takes
     assert look(run)["state"] == "running"
 
     assert set(starts.run(run, {"SLURM_JOB_ID": "43"}, world, stage, TEACHER)) == {2}
@@ -60,6 +62,7 @@ def test_the_stale_one_is_fenced(starts: Starts, world: int, stage: int) -> None
     assert starts.run(run, REQUEUED, world, stage, TEACHER) == [0] * world, said()
     assert "taken over from restart 0 of this Slurm job" in said()
     before = below(run / "checkpoints")
+    held.unlink()
     for pid in stale:
         os.kill(pid, signal.SIGCONT)
     assert starts.end(stale) == [76] * world, said()
@@ -104,7 +107,7 @@ def test_time_to_the_first_step_is_told_and_kept(starts: Starts) -> None:
 
 def test_stopped_at_any_change_it_changes_nothing_more(starts: Starts, figures: Figures) -> None:
     """Asleep just before a change below checkpoints/, taken over by a requeue that finishes, and awake again."""
-    for at in instants(changes(starts), 6):
+    for at in instants(changes(starts, below="checkpoints"), 6):
         run = starts.new()
         fault = {"FAULT_BELOW": str(run / "checkpoints"), "FAULT_AT": str(at), "FAULT_DO": "stop"}
         (stale,) = starts.begin(run, {**fault, "SLURM_JOB_ID": "42"})
