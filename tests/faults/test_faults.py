@@ -40,13 +40,16 @@ def instants(total: int, short: int) -> list[int]:
     return list(range(1, total + 1)) if LONG else sorted(random.Random(SEED).sample(range(1, total + 1), short))
 
 
-def went_on(starts: Starts, run: Path, kind: str, figures: Figures, world: int = 1) -> None:
-    """Whatever ended the run: little is lost, the same command goes on, and the end is the same."""
+def went_on(starts: Starts, run: Path, kind: str, figures: Figures, world: int = 1, at_most: int = 2 * EVERY) -> None:
+    """Whatever ended the run: little is lost, the same command goes on, and the end is the same.
+
+    at_most: steps that may have to be done again. A save is under way while the next steps are trained, so these are
+    two intervals.
+    """
     figures.tried[kind] += 1
     figures.failed[kind] += 1  # until shown otherwise
     before, done = newest(run), trained(run)
-    # A save is under way while the next steps are trained, so two intervals may be lost, never more.
-    assert done - before <= 2 * EVERY, f"step {done} was trained, and the newest valid checkpoint is of step {before}"
+    assert done - before <= at_most, f"step {done} was trained, and the newest valid checkpoint is of step {before}"
     figures.lost_steps.setdefault(kind, []).append(done - before)
     assert starts.run(run, world=world) == [0] * world, starts.output(run).read_text()
     starts.same(run, world)
@@ -106,7 +109,8 @@ def test_a_disk_that_fails(starts: Starts, figures: Figures, error: str, lasting
         assert code in ([0], [2]), said
         if code == [2]:
             assert "fdscale: " in said, said
-        went_on(starts, run, f"{error} {'from a change on' if lasting else 'at a change'}", figures)
+        kind = f"{error} {'from a change on' if lasting else 'at a change'}"
+        went_on(starts, run, kind, figures, at_most=STEPS if lasting else 2 * EVERY)  # while it lasts, nothing is saved
 
 
 def test_a_disk_that_is_really_full(starts: Starts, figures: Figures) -> None:
