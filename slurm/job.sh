@@ -81,7 +81,8 @@ restart=${SLURM_RESTART_COUNT:-0}
 say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST: fdscale $verb ${args[*]}"
 say "from $before; the ranks' output is in $job/rank-*.log"
 
-step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task=1 \
+# --overlap and --mem=0: it takes nothing away from the next step, which may begin before Slurm has noted its end.
+step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap --mem=0 \
   --output="$job/build.log" --open-mode=append bash "$FDSCALE_SOURCE/slurm/node.sh" "$ds" "${fdscale[@]}" ||
   say "building ahead failed or was stopped ($job/build.log); the ranks will try for themselves"
 
