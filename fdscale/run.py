@@ -7,6 +7,7 @@ samples-RANK.log when asked, lost-RANK.log when samples were replaced, tensorboa
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import math
@@ -390,6 +391,8 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError):  # a copy that `fdscale submit` made
+        return (root / "COMMIT").read_text().strip()
     if not (root / ".git").exists():
         return None
     try:

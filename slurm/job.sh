@@ -53,16 +53,19 @@ echo "$fruitless $before" >"$job/progress"
 
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
-srun='' cancelled=''
+srun='' stopping='' cancelled=''
+# shellcheck disable=SC2317 # the traps call it
 forward() { # bash runs this at once only while it waits for a background process
   say "$1: saving, then stopping"
-  [ "$1" = TERM ] && cancelled=yes # scancel, or Slurm needs the nodes; then Slurm itself requeues
+  stopping=yes
+  [ "$1" != TERM ] || cancelled=yes # scancel, or Slurm needs the nodes; then Slurm itself requeues
   [ -z "$srun" ] || kill -USR1 "$srun" 2>/dev/null # srun passes it on to all tasks
 }
 trap 'forward USR1' USR1 # the time limit is near (--signal)
 trap 'forward TERM' TERM
 
 step() { # srun's code, which says little: with --kill-on-bad-exit it is often 143, whatever the rank's was
+  [ -z "$stopping" ] || return 1
   srun "$@" &
   srun=$!
   local code=0
@@ -89,7 +92,8 @@ step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per
 ended=$job/ended-$restart # -RANK
 step --kill-on-bad-exit=1 --output="$job/rank-%5t.log" --open-mode=append \
   bash "$FDSCALE_SOURCE/slurm/task.sh" "$ended" "${fdscale[@]}" "$verb" "${args[@]}"
-trap - USR1 TERM
+trap '' USR1
+trap - TERM # it ends the script, as scancel should; so does the requeue below
 
 # ---- how did it end? -------------------------------------------------------------------------------------------------
 
@@ -99,7 +103,7 @@ if [ "$(cat "$ended-0" 2>/dev/null)" = 0 ]; then
   say "done"
   exit 0
 fi
-for code in 2 3 76; do # see docs/running.md: nothing that another start would change
+for code in 2 3 76; do # to be put right, diverged, taken over by another start: one more would change nothing
   if [[ $codes == *" $code "* ]]; then
     say "code $code is not worth another start; $job/rank-*.log say why"
     exit "$code"
@@ -110,8 +114,6 @@ if [ -n "$cancelled" ]; then
   exit 75
 fi
 [ "$(newest)" = "$before" ] && give_up_if_fruitless $((fruitless + 1))
-if ! scontrol requeue "$SLURM_JOB_ID"; then
-  say "Slurm does not requeue this job: submit it again to go on"
-  exit 75
-fi
-say "requeued; Slurm usually waits two minutes before it starts a job again"
+say "another start is worth it; Slurm usually waits two minutes before it"
+scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job: submit it again to go on"
+exit 75

@@ -2,8 +2,9 @@
 # Once per node, before the ranks start:  node.sh DS_CONFIG FDSCALE...   makes the node's own directories and builds in
 # them what DeepSpeed would otherwise compile when it is first used, in every rank at once.
 set -e
+umask 077
 for folder in "$FDSCALE_LOCAL" "$TORCH_EXTENSIONS_DIR"; do
-  mkdir -p -m 700 "$folder"
+  mkdir -p "$folder"
   if [ ! -O "$folder" ]; then # what lies there is executed
     echo "$folder on $(hostname) belongs to somebody else: set FDSCALE_LOCAL to a directory of yours" >&2
     exit 1

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
-APPS = {"assemble", "recovery", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench"}
+APPS = {"assemble", "recovery", "distill", "submit", "export", "cache", "catalog", "doctor", "pack", "demo", "bench"}
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
