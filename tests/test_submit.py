@@ -99,9 +99,10 @@ def test_an_installed_package_has_the_scripts(tmp_path: Path) -> None:
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
     subprocess.run(command, cwd=source, env=outside(), check=True)
-    code = "from fdscale import submit; print(submit.scripts_folder())"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", "from fdscale import submit; print(submit.scripts_folder())"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")}, cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
     folder = Path(done.stdout.strip())
     assert folder == tmp_path / "lib" / "fdscale" / "slurm"
     assert {path.name for path in folder.iterdir()} == {path.name for path in (ROOT / "slurm").iterdir()}

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 if missing():
     pytest.skip(f"no Slurm for tests here: {missing()}", allow_module_level=True)
 
-STEPS, RANKS = 40, 2
+STEPS, RANKS = 100, 2
 SETTINGS = (
     *TINY,
     "teacher.source=python:patient:Patient",
