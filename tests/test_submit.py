@@ -101,8 +101,12 @@ def test_an_installed_package_has_the_scripts(tmp_path: Path) -> None:
     subprocess.run(command, cwd=source, env=outside(), check=True)
     done = subprocess.run(
         [sys.executable, "-c", "from fdscale import submit; print(submit.scripts_folder())"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")}, cwd=tmp_path, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     folder = Path(done.stdout.strip())
     assert folder == tmp_path / "lib" / "fdscale" / "slurm"
     assert {path.name for path in folder.iterdir()} == {path.name for path in (ROOT / "slurm").iterdir()}
