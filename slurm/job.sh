@@ -85,9 +85,14 @@ say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST: fdscale $verb 
 say "from $before; the ranks' output is in $job/rank-*.log"
 
 # --overlap and --mem=0: it takes nothing away from the next step, which may begin before Slurm has noted its end.
+code=0
 step --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --overlap --mem=0 \
-  --output="$job/build.log" --open-mode=append bash "$FDSCALE_SOURCE/slurm/node.sh" "$ds" "${fdscale[@]}" ||
-  say "building ahead failed or was stopped ($job/build.log); the ranks will try for themselves"
+  --output="$job/build.log" --open-mode=append bash "$FDSCALE_SOURCE/slurm/node.sh" "$ds" "${fdscale[@]}" || code=$?
+if [ "$code" = 77 ]; then # of node.sh
+  say "a directory of a node must not be used; $job/build.log says which"
+  exit 2
+fi
+[ "$code" = 0 ] || say "building ahead failed or was stopped ($job/build.log); the ranks will try for themselves"
 
 ended=$job/ended-$restart # -RANK
 step --kill-on-bad-exit=1 --output="$job/rank-%5t.log" --open-mode=append \
