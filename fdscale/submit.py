@@ -87,7 +87,8 @@ def main(
     snapshot(folder, scripts, ds, dict(zip(names, configs, strict=True)))
     job = folder / template.name
     job.write_text(text)
-    print(f"submitted job {queue(job)}: {job}\nlog: {log}")
+    number = queue(job)
+    print(f"submitted job {number}: {job}\nlog: {re.sub('%[jA]', number, str(log))}")
     return 0
 
 

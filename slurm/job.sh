@@ -29,6 +29,7 @@ mkdir -p "$job" || exit 1
 
 . "$FDSCALE_SOURCE/slurm/env.sh"
 export PYTHONPATH=$FDSCALE_SOURCE${PYTHONPATH:+:$PYTHONPATH}
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of a torchrun around sbatch; Slurm says who is who
 fdscale=("$FDSCALE_PYTHON" -P -m fdscale.cli) # -P: the source is that one, even where the job starts in another
 
 # ---- is another start worth it? --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ class Patient(Teacher):
 
     def forward(self, images: Tensor) -> Tensor:
         if len(images) > 1 and not Path(os.environ["LET_GO"]).exists():  # a single one is a dry run
-            time.sleep(1.0)
+            time.sleep(2.0)
         return super().forward(images)
 
 

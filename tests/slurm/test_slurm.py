@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 if missing():
     pytest.skip(f"no Slurm for tests here: {missing()}", allow_module_level=True)
 
-STEPS, RANKS = 100, 2
+STEPS, RANKS = 60, 2
 SETTINGS = (
     *TINY,
     "teacher.source=python:patient:Patient",
@@ -91,7 +91,7 @@ class Jobs:
         path = self.folder / run / "checkpoints" / "latest"
         return int(path.read_text().strip()[5:]) if path.exists() else 0
 
-    def train_on(self, run: str, steps: int = 5) -> None:
+    def train_on(self, run: str, steps: int = 3) -> None:
         """Wait until so many more steps are done, and a newer checkpoint is committed."""
         step, saved = self.step(run), self.saved(run)
         wait_for(lambda: self.step(run) >= step + steps and self.saved(run) > saved, lambda: self.all_logs(run))
