@@ -227,17 +227,18 @@ def committed(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
 
 
-def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
+def verify(checkpoint: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a checkpoint directory, or None. contents: also compare the hash of every file.
 
-    Raises UserError for one that a newer fdscale wrote: it is not damaged, and must not be walked back past.
+    share: (i, n) looks at the i-th of every n files only. Raises UserError for one that a newer fdscale wrote: it is
+    not damaged, and must not be walked back past.
     """
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         if manifest["format"] > FORMAT:
             newer = f"it has format {manifest['format']}, and this fdscale {__version__} reads up to {FORMAT}"
             raise UserError(f"{checkpoint}: {newer}; update fdscale")
-        for entry in manifest["files"]:
+        for entry in manifest["files"][share[0] :: share[1]]:
             path = checkpoint / Path(entry["name"]).name
             if not path.is_file():
                 return f"{entry['name']} is missing"
@@ -257,27 +258,43 @@ def verify(checkpoint: Path, *, contents: bool = True) -> str | None:
 def newest_valid(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    before: only of steps below this one. A collective: rank 0 looks, all get its answer. Raises UserError for one that
-    a newer fdscale wrote.
+    before: only of steps below this one. A collective. Raises UserError for one that a newer fdscale wrote.
     """
-
-    def look() -> tuple[Path | None, list[str]]:
-        skipped: list[str] = []
-        for checkpoint in committed(folder):
-            if before is not None and checkpoint.name >= name_of(before):
-                continue
-            problem = verify(checkpoint)
-            if problem is None:
-                return checkpoint, skipped
-            skipped.append(f"skipped {checkpoint}: {problem}")
-        return None, skipped
-
-    return _from_rank_0(look)
+    skipped: list[str] = []
+    for checkpoint in _from_rank_0(lambda: committed(folder)):
+        if before is not None and checkpoint.name >= name_of(before):
+            continue
+        problem = verify_together(checkpoint)
+        if problem is None:
+            return checkpoint, skipped
+        skipped.append(f"skipped {checkpoint}: {problem}")
+    return None, skipped
 
 
-def verify_once(checkpoint: Path) -> str | None:
-    """`verify` on rank 0 for all ranks; a collective."""
-    return _from_rank_0(lambda: verify(checkpoint))
+def verify_together(checkpoint: Path) -> str | None:
+    """`verify` by all ranks, each a share of the files; a collective.
+
+    Rank 0's word counts: a node that cannot read what is whole must not make a run walk back. Raises UserError there.
+    """
+    problem, newer = None, ""
+    try:
+        problem = verify(checkpoint, share=(dist.rank(), dist.world()))
+    except UserError as error:
+        newer = str(error)
+    told = dist.gather((problem, newer, os.uname().nodename))
+    for _, newer, _ in told:
+        if newer:
+            raise UserError(newer)
+    bad = [(rank, host, problem) for rank, (problem, _, host) in enumerate(told) if problem]
+    if not bad or dist.world() == 1:
+        return problem
+    rank, host, problem = bad[0]
+    whole = _from_rank_0(lambda: verify(checkpoint))
+    if whole is None:
+        raise UserError(
+            f"{checkpoint} is whole for rank 0, not for rank {rank} on {host} ({problem}): see to that node"
+        )
+    return whole
 
 
 def _from_rank_0(work: Callable[[], Any]) -> Any:

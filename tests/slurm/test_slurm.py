@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 if missing():
     pytest.skip(f"no Slurm for tests here: {missing()}", allow_module_level=True)
 
-STEPS, RANKS = 60, 2
+STEPS, RANKS = 48, 2
 SETTINGS = (
     *TINY,
     "teacher.source=python:patient:Patient",
@@ -128,11 +128,12 @@ def test_a_run_survives_the_cluster(cluster: Cluster, jobs: Jobs) -> None:
 
     jobs.train_on(run)
     cluster.kill_node(2)
+    cluster.wait(job, "PENDING", restarts=2)
     cluster.start_node(2)
     cluster.wait(job, "RUNNING", restarts=2)
     jobs.train_on(run)
     cluster.kill_node(1)  # with the job script
-    cluster.wait(job, "PENDING", restarts=2)
+    cluster.wait(job, "PENDING", restarts=3)
     cluster.start_node(1)
     cluster.wait(job, "RUNNING", restarts=3)
     jobs.train_on(run)
