@@ -7,7 +7,6 @@ metrics.jsonl, samples-RANK.log when asked, lost-RANK.log when samples were repl
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import math
@@ -414,56 +413,3 @@ def _line(values: dict[str, Any]) -> str:
         if values.get(key) is not None and not (key in ("skipped", "lost") and values[key] == 0)
     ]
     return f"step {values['step']}  " + "  ".join(shown)
-<<<<<<< HEAD
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader or a crash sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def environment() -> dict[str, Any]:
-    """What this process runs on: versions, command, machine, commit of the source tree when it is one."""
-    import torch
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    packages = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow", "safetensors", "fdscale")
-    cuda = torch.cuda.is_available()
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "world": dist.world(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "packages": {name: version(name) for name in packages},
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    with contextlib.suppress(OSError):  # a copy that `fdscale submit` made
-        return (root / "COMMIT").read_text().strip()
-    if not (root / ".git").exists():
-        return None
-    try:
-        describe = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return describe.stdout.strip()
-=======
->>>>>>> main

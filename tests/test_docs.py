@@ -40,12 +40,9 @@ def commands(text: str) -> list[str]:
     for line in [*lines, *spans]:
         line = line.split("  #")[0].strip()
         match = re.search(
-<<<<<<< HEAD
-            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|submit|cache|export|recipes|doctor|shards|bench)\b.*)",
+            r"(?:^|\s)(?:fdscale|fdscale\.cli --) "
+            r"((?:distill|submit|cache|export|runs|recipes|doctor|shards|bench)\b.*)",
             line,
-=======
-            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|cache|export|runs|recipes|doctor|shards|bench)\b.*)", line
->>>>>>> main
         )
         if match:
             found.append(match.group(1))

@@ -150,8 +150,8 @@ def test_a_run_survives_the_cluster(cluster: Cluster, jobs: Jobs) -> None:
     last = jobs.submit(run)
     cluster.wait(last, "COMPLETED")
     assert_same(jobs.folder / "whole", jobs.folder / run)
-    starts = [json.loads(line) for line in (jobs.folder / run / "environment.jsonl").read_text().splitlines()]
-    assert [start["step"] == 0 for start in starts] == [True, False, False, False, False]
+    starts = [json.loads(path.read_text()) for path in sorted((jobs.folder / run / "starts").iterdir())]
+    assert [start["from_step"] == 0 for start in starts] == [True, False, False, False, False]
     assert {Path(start["command"][0]) for start in starts} == {
         jobs.folder / run / "slurm" / f"submit-{number:03d}" / "fdscale" / "cli.py" for number in (1, 2)
     }
@@ -190,4 +190,4 @@ def test_an_array_and_what_is_not_worth_another_start(cluster: Cluster, jobs: Jo
     rank = jobs.folder / "array/1/slurm" / f"job-{tasks[1]}" / "rank-00000.log"
     assert rank.read_text().count("AssertionError: broken on purpose") == 2, "the log of the first start is kept"
     cluster.wait(never, "CANCELLED")
-    assert not (jobs.folder / "never/environment.jsonl").exists()
+    assert not (jobs.folder / "never/starts").exists()
