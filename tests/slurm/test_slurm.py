@@ -151,7 +151,7 @@ def test_a_run_survives_the_cluster(cluster: Cluster, jobs: Jobs) -> None:
     cluster.wait(last, "COMPLETED")
     assert_same(jobs.folder / "whole", jobs.folder / run)
     starts = [json.loads(path.read_text()) for path in sorted((jobs.folder / run / "starts").iterdir())]
-    assert [start["from_step"] == 0 for start in starts] == [True, False, False, False, False]
+    assert [start.get("from_step") == 0 for start in starts] == [True, False, False, False, False]
     assert {Path(start["command"][0]) for start in starts} == {
         jobs.folder / run / "slurm" / f"submit-{number:03d}" / "fdscale" / "cli.py" for number in (1, 2)
     }
