@@ -116,7 +116,7 @@ for code in 2 3 76; do # to be put right, diverged, taken over by another start:
   fi
 done
 if [ -n "$cancelled" ]; then
-  say "stopped from outside, and left so: submit the job again to go on"
+  say "stopped from outside, and not requeued from here; after scancel, submit the job again to go on"
   exit 75
 fi
 [ "$(newest)" = "$before" ] && give_up_if_fruitless $((fruitless + 1))

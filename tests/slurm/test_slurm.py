@@ -142,7 +142,7 @@ def test_a_run_survives_the_cluster(cluster: Cluster, jobs: Jobs) -> None:
     cluster.wait(job, "CANCELLED")
     assert cluster.job(job)["Restarts"] == "3"
     assert jobs.saved(run) == jobs.step(run) < STEPS
-    assert "stopped from outside, and left so" in jobs.log(run, job)
+    assert "stopped from outside, and not requeued from here" in jobs.log(run, job)
 
     shutil.copytree(ROOT / "fdscale", jobs.source / "fdscale")
     shutil.copytree(ROOT / "slurm", jobs.source / "slurm")
