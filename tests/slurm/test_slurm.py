@@ -174,8 +174,9 @@ def test_an_array_and_what_is_not_worth_another_start(cluster: Cluster, jobs: Jo
     (jobs.folder / "lines").write_text(
         "data.seed=1 schedule.steps=4\nteacher.source=python:patient:Broken\nteacher.source=python:patient:Absent\n"
     )
-    jobs.let_go("array")
-    array = jobs.submit("array", options=("--array", "lines"), nodes=1, FDSCALE_FRUITLESS_RESTARTS="1")
+    run = "an array"  # spaces are for trouble
+    jobs.let_go(run)
+    array = jobs.submit(run, options=("--array", "lines"), nodes=1, FDSCALE_FRUITLESS_RESTARTS="1")
     never = jobs.submit("never", options=("--after", array))
     tasks = [f"{array}_{number}" for number in range(3)]
     for task in tasks:
@@ -183,11 +184,11 @@ def test_an_array_and_what_is_not_worth_another_start(cluster: Cluster, jobs: Jo
     assert [cluster.job(task)["JobState"] for task in tasks] == ["COMPLETED", "FAILED", "FAILED"]
     assert [cluster.job(task)["Restarts"] for task in tasks] == ["0", "1", "0"]
     assert [cluster.job(task)["ExitCode"] for task in tasks] == ["0:0", "1:0", "2:0"]
-    assert "seed: 1" in (jobs.folder / "array/0/config.yaml").read_text()
-    assert max(losses(jobs.folder / "array/0")) == 4
-    log = (jobs.folder / "array/slurm" / f"job-{tasks[1]}.log").read_text()
+    assert "seed: 1" in (jobs.folder / run / "0/config.yaml").read_text()
+    assert max(losses(jobs.folder / run / "0")) == 4
+    log = (jobs.folder / run / "slurm" / f"job-{tasks[1]}.log").read_text()
     assert "gave up: 1 restarts in a row made no checkpoint newer than none" in log
-    rank = jobs.folder / "array/1/slurm" / f"job-{tasks[1]}" / "rank-00000.log"
+    rank = jobs.folder / run / "1/slurm" / f"job-{tasks[1]}" / "rank-00000.log"
     assert rank.read_text().count("AssertionError: broken on purpose") == 2, "the log of the first start is kept"
     cluster.wait(never, "CANCELLED")
     assert not (jobs.folder / "never/starts").exists()
