@@ -217,11 +217,9 @@ def refresh(engine: Any) -> None:
     """Copy master weights into the working weights, on all ranks."""
     stage, optimizer = _stage(engine), engine.optimizer
     if stage == 3:
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        optimizer.checkpoint_event_prologue()  # whatever is gathered goes, also what a forward alone has left
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.checkpoint_event_epilogue()  # what stays gathered is gathered anew
     elif stage:
         optimizer.update_lp_params()
