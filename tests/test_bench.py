@@ -50,6 +50,14 @@ def test_bench_workers_measures_every_way(tmp_path: Path) -> None:
         assert f"\n| {name} | " in done.stdout
 
 
+@pytest.mark.slow
+def test_bench_step_runs_through_the_real_loop(tmp_path: Path) -> None:
+    done = run_cli("bench", "step", "--rounds", "2", "--batch", "1", "--threads", "1", "--json", tmp_path / "step.json")
+    assert done.returncode == 0, done.stderr
+    seconds = json.loads((tmp_path / "step.json").read_text())["seconds"]["wall"]
+    assert {name: len(taken) for name, taken in seconds.items()} == {"timm": 2, "ours": 2, "fdscale": 2}
+
+
 def test_photographs_are_jpegs_of_about_the_size_asked_for() -> None:
     files = photographs(6, 120, 90)
     assert len(set(files)) == 6

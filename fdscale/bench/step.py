@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from fdscale import config, dist
 from fdscale.assemble import normalise
+from fdscale.engine.guard import Guard
 from fdscale.engine.initialize import initialize
 from fdscale.engine.metrics import Meter, Work
 from fdscale.engine.schedule import cosine
@@ -179,15 +180,18 @@ def framework(args: dict[str, Any], teacher: Teacher, images: Tensor, folder: Pa
     def loop() -> None:
         train(
             engine,
-            turnstile,
+            lambda samples: turnstile,
             lambda batch: prepared(batch, teacher),
+            tuple,
             TrainState(),
             run,
             Meter(batch, Work(0, 0, 0), None),
+            Guard(settings.guard, batch),
             stop_at=10**9,
             batch_size=batch,
             schedule=lambda step: cosine(step, steps=1000, lr=1e-3),
             save=lambda state: None,
+            go_back=lambda: False,
             evaluate=dict,
             logging=settings.log,
             saving=settings.save,
@@ -212,6 +216,9 @@ class Turnstile:
         self.arrived.release()
         self._enter.acquire()
         return self._images
+
+    def close(self) -> None:
+        """The loop ends with the process."""
 
     def step(self) -> None:
         """From one request for a batch to the next."""
