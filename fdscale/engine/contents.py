@@ -52,7 +52,7 @@ def is_shape(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return (type(value) is float and math.isfinite(value)) or (type(value) is int and abs(value) < MOST_COUNT)
 
 
 def _is_object(value: Any) -> bool:
@@ -134,7 +134,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _read(checkpoint: Path, name: str, fields: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
     content = _parse(regular_file(checkpoint, name), name)
     format_ = content.get("format")
-    if type(format_) is not int:
+    if not is_count(format_):
         raise Damaged(f"{name} has no format")
     if format_ > FORMAT:
         raise UserError(

@@ -97,6 +97,8 @@ def read(engine: Any) -> Iterator[tuple[Range, dict[str, Tensor]]]:
     Nothing changes them but the optimizer, at the last micro-batch of a step. Frozen weights of another precision are
     copies. Raises UserError where there is nothing to save.
     """
+    if not any(KEYS[1] in kept for kept in base_optimizer(engine).state.values()):
+        create_moments(engine, 0)  # no update was made yet, or all were skipped
     trained = keys(engine)
     for part, parameter in ranges(engine):
         wanted = trained if parameter.requires_grad else FROZEN_KEYS
