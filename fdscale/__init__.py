@@ -10,3 +10,5 @@ class UserError(ValueError):
 
     The message says what was wrong, where, what was expected and what to do next.
     """
+
+    exit_code = 2

@@ -1,8 +1,8 @@
 """The command line: one verb per thing a person wants. No logic here, and nothing heavy is imported before a verb runs.
 
 Exit codes: 0 done, 1 a bug (with traceback), 2 something to put right (one line), 3 the loss diverged, 75 stopped by a
-signal, after saving where there was anything new (start the same command again to go on), 130 Ctrl-C (while training:
-the second).
+signal, after saving where there was anything new (start the same command again to go on), 76 another start has taken
+the run over, 130 Ctrl-C (while training: the second).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Sequence
 
 from fdscale import UserError, __version__, signals
 
-USAGE_ERROR = 2
 INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
 RAW = argparse.RawDescriptionHelpFormatter
@@ -37,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     _distill(verbs)
     _cache(verbs)
     _export(verbs)
+    _runs(verbs)
     _recipes(verbs)
     _doctor(verbs)
     _shards(verbs)
@@ -112,6 +112,14 @@ def _export(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--shard-gib", type=float, default=5.0, metavar="N", help=size)
     sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
     sub.add_argument("--force", action="store_true", help="replace existing weights")
+
+
+def _runs(verbs: argparse._SubParsersAction) -> None:
+    text = "list runs: their state, progress, restarts and goodput"
+    sub = _verb(verbs, "runs", "fdscale.runs:main", text, "fdscale runs /scratch/runs --json")
+    where = "run directories, or directories that hold some (default: runs)"
+    sub.add_argument("directories", nargs="*", default=["runs"], metavar="DIR", help=where)
+    sub.add_argument("--json", action="store_true", help="machine-readable output")
 
 
 def _recipes(verbs: argparse._SubParsersAction) -> None:
@@ -281,7 +289,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         print(f"fdscale: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
-        return USAGE_ERROR
+        return error.exit_code
     except RuntimeError as error:
         if not any(sign in str(error) for sign in PEER_GONE):
             raise

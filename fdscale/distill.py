@@ -29,16 +29,17 @@ from fdscale.data import jpeg
 from fdscale.data.index import open_index
 from fdscale.engine import checkpoint, ema
 from fdscale.engine.guard import Detours, Guard
-from fdscale.engine.initialize import bf16, initialize, read_ds_config
+from fdscale.engine.initialize import bf16, initialize, prepare_environment, read_ds_config
 from fdscale.engine.metrics import Meter, peak_flops
 from fdscale.engine.schedule import cosine
 from fdscale.objective import feature_loss
 from fdscale.recovery import Recovery
 from fdscale.run import Run
+from fdscale.starts import Clock
 from fdscale.train import TrainState, train
 
 MEAN_VIEWS = 256  # fewer make the mean token noisy, and a trivial predictor that is easily beaten
-DONE, DIVERGED, STOPPED = 0, 3, 75  # exit codes, see docs/running.md
+DONE, DIVERGED, STOPPED, FENCED = 0, 3, 75, 76  # exit codes, see docs/running.md
 
 
 def main(recipe: str, run: str, steps: int | None, set: list[str], ds: str | None, resume: str | None) -> int:
@@ -137,7 +138,7 @@ def open_checkpoint(run: Run, resume: str | None) -> Path | None:
         run.say(f"--resume is left aside: the run goes on from its own {own}", "yellow")
     if own is not None or resume is None:
         return own
-    problem = checkpoint.verify_once(Path(resume))
+    problem = checkpoint.verify_together(Path(resume))
     if problem:
         raise UserError(f"--resume {resume}: {problem}; expected a directory such as RUN/checkpoints/step-00001000")
     return Path(resume)
@@ -154,16 +155,28 @@ def distill(
     """Run or continue a distillation; returns the process's exit code."""
     if stop_at is not None and stop_at < 0:
         raise UserError(f"--steps must not be negative, got {stop_at}")
+    prepare_environment()
     ds_config = read_ds_config(ds)
+    clock = Clock()
+    clock.mark("import")
     parts = assemble(settings, dist.world())
-    settings = parts.settings
+    clock.mark("build")
     dist.init()
+    clock.mark("init")
+    run = Run(directory, parts.settings, clock)
+    return run.own(lambda token: _distill(run, parts, ds_config, stop_at, resume))
+
+
+def _distill(run: Run, parts: Parts, ds_config: dict[str, Any], stop_at: int | None, resume: str | None) -> int:
+    """Build the engine, load what there is, and train, in a directory that is ours."""
+    directory, settings = run.directory, parts.settings
     wanted = identity(parts, parts.teacher.fingerprint())
-    run = Run(directory, settings)
     detours = Detours(directory)
     if dist.rank() == 0:  # a crash may have left some of what the last rollback gave up
         checkpoint.discard_if(directory / "checkpoints", functools.partial(_abandoned, detours, settings))
+    run.clock.mark("build")
     start = open_checkpoint(run, resume)
+    run.clock.mark("load")
     if start is not None:
         checkpoint.check_identity(checkpoint.read_state(start)["identity"], wanted, start)
     optim, schedule = settings.optim, settings.schedule
@@ -182,6 +195,7 @@ def distill(
         fused=optim.fused,
         average=optim.ema,
     )
+    run.clock.mark("build")
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
     guard = Guard(settings.guard, optim.batch_size)
     guard.restart(state.step, state.samples, checkpoint.read_state(start).get("guard", {}) if start is not None else {})
@@ -193,12 +207,19 @@ def distill(
         parts.teacher.to(dist.device())
     elif not settings.data.heldout_shards:
         parts.teacher.to("meta")  # nothing computes with it: its memory is free again
-    run.open({"ds_config": ds_config, "resumed_from": str(start) if start else None, "step": state.step})
+    run.clock.mark("load")
+    run.open(
+        {"ds_config": ds_config, "resumed_from": str(start) if start else None, "steps": 0}
+        | {"from_step": state.step, "step": state.step, "goal": schedule.steps}
+    )
     with run:
         if dist.rank() == 0:
             checkpoint.sweep(directory / "checkpoints")
         _announce(run, parts, start, state, last)
         _train(engine, parts, run, state, last, recovery, torch.bfloat16 if bf16(ds_config) else torch.float32)
+    if run.fenced:
+        run.say("another start has taken this run over; this one stops and saves nothing", "red")
+        return FENCED
     if run.diverged:
         run.say(f"{recovery.verdict} at step {state.step}; nothing was saved since it broke", "red")
         return DIVERGED
@@ -269,8 +290,10 @@ def _train(
         return train_stream(parts, samples, samples + (last - state.step) * optim.batch_size)
 
     heldout = HeldOut(parts, dtype, run)
+    run.clock.mark("build")
     if state.step == 0 and last > 0 and (record := heldout(engine)):
         run.log({"step": 0, "samples": 0, **record})
+        run.clock.mark("evaluation")
     run.start_progress(state.step, last)
     lr = functools.partial(
         cosine,

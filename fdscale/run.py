@@ -1,7 +1,7 @@
 """A run: its directory, what it writes about itself, and when it must stop.
 
-Run directory: config.yaml (resolved, reproduces the run), environment.jsonl (one line per start), metrics.jsonl,
-samples-RANK.log when asked, lost-RANK.log when samples were replaced, tensorboard/, checkpoints/ (see
+Run directory: config.yaml (resolved, reproduces the run), starts/ (one record per start, see `fdscale.starts`),
+metrics.jsonl, samples-RANK.log when asked, lost-RANK.log when samples were replaced, tensorboard/, checkpoints/ (see
 `fdscale.engine.checkpoint`), and what export puts there.
 """
 
@@ -10,24 +10,20 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
-import platform
 import secrets
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from importlib import metadata
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fdscale import UserError, config, dist
+from fdscale import UserError, config, dist, starts
 from fdscale.signals import Stop
+from fdscale.starts import write_atomically
 
-TOLD = ("stop", "lost", "judged", "loss", "skipped", "void")  # what ranks tell each other at every step
+TOLD = ("stop", "fenced", "lost", "judged", "loss", "skipped", "void")  # what ranks tell each other at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 PATIENCE_S = 5.0  # for data after a signal, where other ranks may be waiting for this one
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
@@ -41,12 +37,15 @@ class Run:
     Use as a context manager: signal handlers and the progress bar live inside it.
     """
 
-    def __init__(self, directory: str | Path, settings: config.Config):
+    def __init__(self, directory: str | Path, settings: config.Config, clock: starts.Clock | None = None):
         self.directory = Path(directory)
         self.settings = settings
         self.console = Console(stderr=True, highlight=False)
         self.stopped_by: str | None = None  # name of the signal that ended the run, agreed by all ranks
         self.diverged = False
+        self.fenced = False  # whether another start has taken the directory; agreed by all ranks
+        self.clock = clock or starts.Clock()
+        self.start: starts.Start | None = None  # rank 0's, while the directory is ours
         self.lost = 0  # samples replaced since this start, over all ranks
         self.over_budget = False  # whether these are more than data.lost_budget allows
         self._stop = Stop(PATIENCE_S if dist.world() > 1 else 0.1)
@@ -56,6 +55,7 @@ class Run:
         self._verdicts: list[tuple[float, bool]] = []  # of steps, agreed and not yet taken
         self._told: dict[str, float] = {}  # what this rank says at the next exchange
         self._seen = 0  # samples trained on since this start, over all ranks
+        self._steps, self._from_step = 0, 0  # of this start; the lowest step that it stood at
         self._losses = Losses(self.directory, self.console)
         self._sinks: list[Any] = []
         self._progress: Progress | None = None
@@ -64,16 +64,55 @@ class Run:
     # -- directory -----------------------------------------------------------------------------------------------------
     # --------------
 
+    def own(self, work: Callable[[str], int]) -> int:
+        """Do the work as the one owner of the directory, and write down how it ended. Returns the work's exit code.
+
+        work gets the token of this start. A collective. Raises UserError on all ranks where another owner lives.
+        """
+        token = self._claim()
+        try:
+            code = work(token)
+        except BaseException as error:
+            mistake = isinstance(error, UserError)
+            if mistake and self.start is not None and self.start.number == 1 and not self._sinks:
+                self.start.withdraw()  # a new run that never began leaves nothing
+            self.end(starts.exit_code(error), str(error) if mistake else f"{type(error).__name__}: {error}")
+            raise
+        self.end(code, self.stopped_by or "")
+        return code
+
+    def end(self, code: int, why: str) -> None:
+        """Give the directory back and write down how this start ended; the first call counts. Any thread may call."""
+        if self.start is not None:
+            self.start.end(code, why)
+
+    def note(self, **values: Any) -> None:
+        """Put plain data into the record of this start."""
+        if self.start is not None:
+            self.start.note(**values)
+
+    def _claim(self) -> str:
+        problem = ""
+        if dist.rank() == 0:
+            try:
+                self.start = starts.claim(self.directory, self.clock, lambda line: self.say(line, "yellow"))
+            except UserError as error:
+                problem = str(error)
+            except Exception as error:  # whatever it is, the other ranks must hear of it
+                problem = f"cannot write the run directory {self.directory}: {error}"
+        self._raise_together(problem)
+        return dist.gather(self.start.token if self.start is not None else "")[0]
+
     def open(self, extra: dict[str, Any] | None = None) -> None:
-        """Create the directory and write the config and a snapshot of the environment."""
+        """Write the config and a snapshot of the environment into the directory."""
         problem = ""
         if dist.rank() == 0:
             try:
                 (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
                 write_atomically(self.directory / "config.yaml", config.dump(self.settings))
-                snapshot = environment() | (extra or {})
-                with (self.directory / "environment.jsonl").open("a") as file:
-                    file.write(json.dumps(snapshot) + "\n")
+                self.note(**starts.environment(), world=dist.world(), **(extra or {}))
+                if self.start is not None:
+                    self.start.beat()
                 self._sinks = self._open_sinks()
             except Exception as error:  # whatever it is, the other ranks must hear of it
                 problem = f"cannot write the run directory {self.directory}: {error}"
@@ -140,12 +179,16 @@ class Run:
         """
         self.tell("stop", self._stop.signal is not None)
         self.tell("lost", self._losses.take())
+        self.tell("fenced", self.start is not None and self.start.fenced)
         told, self._told = self._told, {}
         self._hear(self._agreement.exchange(told))
-        return bool(self.stopped_by or self.diverged or self.over_budget)
+        return bool(self.stopped_by or self.diverged or self.over_budget or self.fenced)
 
     def settle(self) -> None:
-        """Hear all that ranks have told up to now; a collective that waits."""
+        """Hear all that ranks have told up to now, and whether the run is still ours; a collective that waits."""
+        if self.start is not None:
+            self.start.beat()
+            self.tell("fenced", self.start.fenced)
         told, self._told = self._told, {}
         self._hear(self._agreement.exchange(told))
         self._hear(self._agreement.drain())
@@ -170,6 +213,7 @@ class Run:
                 self.void += 1
             else:
                 self._verdicts.append((heard["loss"] / dist.world(), not heard["skipped"]))
+        self.fenced |= heard["fenced"] > 0
         self.lost += int(heard["lost"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if heard["stop"]:
@@ -205,10 +249,28 @@ class Run:
             self._progress.add_task("step", total=total, completed=done, note="")
 
     def advance(self, step: int, samples: int) -> None:
-        """A step of so many samples over all ranks is done: move the bar."""
+        """A step of so many samples over all ranks is done: account for it and move the bar."""
         self._seen += samples
+        self._steps += 1
+        if self._steps == 1:
+            self._first_step(step)
+        else:
+            self.clock.mark("steps")
+        self._from_step = min(self._from_step, step - 1)
+        self.note(from_step=self._from_step, step=step, steps=self._steps)
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step)
+
+    def _first_step(self, step: int) -> None:
+        """Say how long it took from the start of the process to the end of its first step, and what took it."""
+        import torch
+
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.clock.mark("first_step")
+        self._from_step = step - 1
+        parts = ", ".join(f"{name.replace('_', ' ')} {spent:.2f}" for name, spent in self.clock.spent_s.items())
+        self.say(f"step {step} after {sum(self.clock.spent_s.values()):.2f} s: {parts}")
 
     def log(self, values: dict[str, Any]) -> None:
         """One record to every sink and one line to the console (rank 0). Non-finite numbers become null in JSON."""
@@ -351,51 +413,3 @@ def _line(values: dict[str, Any]) -> str:
         if values.get(key) is not None and not (key in ("skipped", "lost") and values[key] == 0)
     ]
     return f"step {values['step']}  " + "  ".join(shown)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a small text file so that a reader or a crash sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def environment() -> dict[str, Any]:
-    """What this process runs on: versions, command, machine, commit of the source tree when it is one."""
-    import torch
-
-    def version(package: str) -> str | None:
-        try:
-            return metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return None
-
-    packages = ("torch", "torchvision", "deepspeed", "timm", "webdataset", "numpy", "pillow", "safetensors", "fdscale")
-    cuda = torch.cuda.is_available()
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "world": dist.world(),
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
-        "packages": {name: version(name) for name in packages},
-        "commit": _commit(),
-    }
-
-
-def _commit() -> str | None:
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        describe = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return describe.stdout.strip()

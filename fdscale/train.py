@@ -73,29 +73,32 @@ def train(
             if state.step % saving.every == 0 or state.step == stop_at:
                 _settle(run, meter)
                 step = state.step
-                if run.void or stuck() or state.step != step:
+                if run.void or run.fenced or stuck() or state.step != step:
                     continue
 
             due = due_at(state.step, stop_at)
-            heldout = aside(meter, evaluate) if due(logging.heldout_every) else {}
+            heldout = aside(run, meter, "evaluation", evaluate) if due(logging.heldout_every) else {}
             if due(logging.every) or heldout:
                 _log(run, state, meter, guard, engine, heldout)
             if state.step % saving.every == 0 and guard.calm and healthy(meter, engine):
-                aside(meter, lambda: save(state))
+                aside(run, meter, "saving", lambda: save(state))
                 saved_at = state.step
     finally:
         stream.close()
     _settle(run, meter)
+    if run.fenced:  # what lies in the directory is another start's
+        return
     for verdict in run.verdicts():
         guard.judge(*verdict)
     state.step -= run.void
     state.samples -= run.void * batch_size
+    run.note(step=state.step)
     if meter.steps and not run.void:  # stopped between two log lines
         _log(run, state, meter, guard, engine, {})
     if state.step != saved_at and not run.diverged and guard.trouble is None:
         run.diverged = not healthy(meter, engine)
         if not run.diverged:
-            save(state)
+            aside(run, meter, "saving", lambda: save(state))
 
 
 def _stuck(run: Run, meter: Meter, guard: Guard, stream: Stream, go_back: Callable[[], bool]) -> bool:
@@ -104,10 +107,12 @@ def _stuck(run: Run, meter: Meter, guard: Guard, stream: Stream, go_back: Callab
         guard.judge(*verdict)
     if guard.trouble is not None and not run.stopped_by:
         run.settle()
+        if run.fenced:
+            return True
         run.verdicts()  # these steps and what follows are given up
         meter.restart()
         stream.close()
-        run.diverged |= not aside(meter, go_back)
+        run.diverged |= not aside(run, meter, "rollback", go_back)
     return run.diverged
 
 
@@ -136,6 +141,7 @@ def _step(
     for _ in range(engine.gradient_accumulation_steps()):
         batch = None if void else meter.wait(lambda: run.wait(batches))
         void = batch is None
+        run.clock.mark_once("data")
         if void and dist.world() == 1:
             return True
         loss = engine(*(blank() if void else prepare(batch)))
@@ -186,14 +192,16 @@ def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
     return lambda every: step % every == 0 or step == stop_at
 
 
-def aside(meter: Meter, work: Callable[[], Any]) -> Any:
-    """Do something that is not training, without counting its time as training."""
+def aside(run: Run, meter: Meter, name: str, work: Callable[[], Any]) -> Any:
+    """Do something that is not training, without counting its time as training. name: what the time went to."""
     _synchronise()  # what is queued still counts as training
     start = time.perf_counter()
+    run.clock.mark("steps")
     try:
         return work()
     finally:
         _synchronise()
+        run.clock.mark(name)
         meter.pause(time.perf_counter() - start)
 
 

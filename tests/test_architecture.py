@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
-APPS = {"assemble", "recovery", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench"}
+APPS = {"assemble", "recovery", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench", "runs"}
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
@@ -23,8 +23,9 @@ MAY_IMPORT = {
     "models": {"kernels"},
     "objective": {"kernels"},
     "signals": set(),
-    "run": {"config", "keys", "dist", "signals"},
-    "engine": {"config", "keys", "dist", "run"},
+    "starts": set(),
+    "run": {"config", "keys", "dist", "signals", "starts"},
+    "engine": {"config", "keys", "dist", "run", "starts"},
     "train": {"engine", "run", "keys", "dist"},
     "diagnose": {"models", "data"},
     "cli": {"config", "signals", *APPS},
@@ -36,6 +37,7 @@ MAY_IMPORT = {
             "objective",
             "engine",
             "run",
+            "starts",
             "diagnose",
             "config",
             "keys",

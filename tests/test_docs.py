@@ -39,7 +39,7 @@ def commands(text: str) -> list[str]:
     for line in [*lines, *spans]:
         line = line.split("  #")[0].strip()
         match = re.search(
-            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|cache|export|recipes|doctor|shards|bench)\b.*)", line
+            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|cache|export|runs|recipes|doctor|shards|bench)\b.*)", line
         )
         if match:
             found.append(match.group(1))

@@ -222,14 +222,16 @@ def committed(folder: Path) -> list[Path]:
     return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
 
 
-def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
+def verify(checkpoint: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with a checkpoint directory, or None. hashes: also compare the hash of every file.
 
-    Raises UserError for one that a newer fdscale wrote: it is not damaged, and must not be walked back past.
+    share: (i, n) looks at the i-th of every n files only, and the first at what they hold together. Raises UserError
+    for one that a newer fdscale wrote: it is not damaged, and must not be walked back past.
     """
     try:
-        contents.verify_files(checkpoint, hashes=hashes)
-        Reader(checkpoint).close()
+        contents.verify_files(checkpoint, hashes=hashes, share=share)
+        if share[0] == 0:
+            Reader(checkpoint).close()
     except Damaged as damage:
         return str(damage)
     return None
@@ -238,27 +240,43 @@ def verify(checkpoint: Path, *, hashes: bool = True) -> str | None:
 def newest_valid(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that verifies, and a line for each newer one that does not.
 
-    before: only of steps below this one. A collective: rank 0 looks, all get its answer. Raises UserError for one that
-    a newer fdscale wrote.
+    before: only of steps below this one. A collective. Raises UserError for one that a newer fdscale wrote.
     """
-
-    def look() -> tuple[Path | None, list[str]]:
-        skipped: list[str] = []
-        for checkpoint in committed(folder):
-            if before is not None and checkpoint.name >= name_of(before):
-                continue
-            problem = verify(checkpoint)
-            if problem is None:
-                return checkpoint, skipped
-            skipped.append(f"skipped {checkpoint}: {problem}")
-        return None, skipped
-
-    return _from_rank_0(look)
+    skipped: list[str] = []
+    for checkpoint in _from_rank_0(lambda: committed(folder)):
+        if before is not None and checkpoint.name >= name_of(before):
+            continue
+        problem = verify_together(checkpoint)
+        if problem is None:
+            return checkpoint, skipped
+        skipped.append(f"skipped {checkpoint}: {problem}")
+    return None, skipped
 
 
-def verify_once(checkpoint: Path) -> str | None:
-    """`verify` on rank 0 for all ranks; a collective."""
-    return _from_rank_0(lambda: verify(checkpoint))
+def verify_together(checkpoint: Path) -> str | None:
+    """`verify` by all ranks, each a share of the files; a collective.
+
+    Rank 0's word counts: a node that cannot read what is whole must not make a run walk back. Raises UserError there.
+    """
+    problem, newer = None, ""
+    try:
+        problem = verify(checkpoint, share=(dist.rank(), dist.world()))
+    except UserError as error:
+        newer = str(error)
+    told = dist.gather((problem, newer, os.uname().nodename))
+    for _, newer, _ in told:
+        if newer:
+            raise UserError(newer)
+    bad = [(rank, host, problem) for rank, (problem, _, host) in enumerate(told) if problem]
+    if not bad or dist.world() == 1:
+        return problem
+    rank, host, problem = bad[0]
+    whole = _from_rank_0(lambda: verify(checkpoint))
+    if whole is None:
+        raise UserError(
+            f"{checkpoint} is whole for rank 0, not for rank {rank} on {host} ({problem}): see to that node"
+        )
+    return whole
 
 
 def _from_rank_0(work: Callable[[], Any]) -> Any:

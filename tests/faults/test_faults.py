@@ -7,6 +7,7 @@ equals the run that nothing happened to, to the last bit.
 from __future__ import annotations
 
 import errno
+import json
 import random
 import shutil
 import time
@@ -127,6 +128,17 @@ def damage(path: Path, how: str, draw: random.Random) -> None:
         path.write_bytes(content)
     else:
         path.unlink()
+
+
+def test_each_rank_verifies_a_share(starts: Starts) -> None:
+    """What only the second rank looks at is found by both; they go on from the checkpoint before."""
+    run = starts.new()
+    shutil.copytree(starts.whole(2), run)
+    files = json.loads((run / "checkpoints" / f"step-{STEPS:08d}" / "manifest.json").read_text())["files"]
+    damage(run / "checkpoints" / f"step-{STEPS:08d}" / files[1]["name"], "flipped", random.Random(SEED))
+    assert starts.run(run, world=2, more=("save.keep=3",)) == [0, 0], starts.output(run).read_text()
+    assert f"the content of {files[1]['name']} does not match its hash" in starts.output(run).read_text()
+    starts.same(run, 2)
 
 
 @pytest.mark.parametrize("how", ["torn", "flipped", "missing"])
