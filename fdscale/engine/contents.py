@@ -134,7 +134,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def _read(checkpoint: Path, name: str, fields: Mapping[str, Callable[[Any], bool]]) -> dict[str, Any]:
     content = _parse(regular_file(checkpoint, name), name)
     format_ = content.get("format")
-    if not is_count(format_):
+    if not isinstance(format_, int) or not is_count(format_):
         raise Damaged(f"{name} has no format")
     if format_ > FORMAT:
         raise UserError(

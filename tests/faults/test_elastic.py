@@ -80,7 +80,7 @@ def furthest(run: Path, whole: Path, key: str) -> float:
     return max((one.full(name, key) - other.full(name, key)).abs().max().item() for name in one.state["parameters"])
 
 
-@pytest.mark.parametrize("hops", CHAINS, ids=["from-zero0", "from-zero3"])
+@pytest.mark.parametrize("hops", CHAINS, ids=["from-zero0", "from-zero3"][: len(CHAINS)])
 def test_a_run_goes_on_at_any_number_of_ranks_and_stage(starts: Starts, shards: Path, whole: Path, hops: tuple) -> None:
     run = carry(starts, shards, hops)
     follows(run, whole, 1e-5, 1e-5, worlds(hops))
