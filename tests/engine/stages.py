@@ -113,12 +113,15 @@ sys.modules["apex"].optimizers = sys.modules["apex.optimizers"]
 sys.modules["apex.optimizers"].FusedAdam = ApexLike
 
 
-def make(ds: dict, apex: bool = False) -> object:
+def make(ds: dict, apex: bool = False, shift: float = 0.0) -> object:
+    """An engine; shift: other first values, so that only what is written into it makes it go on alike."""
     with torch.device("meta"):
         module = Toy()
     sizes = {"batch_size": 16, "micro_batch": 4, "fused": "apex" if apex else "torch"}
     adam = {"lr": 1e-2, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip_grad": 0.5, "layer_decay": 0.8}
-    return init.initialize(module, first_value, ds, **sizes, **adam, average=DECAY)
+    return init.initialize(
+        module, lambda name, shape: first_value(name, shape) + shift, ds, **sizes, **adam, average=DECAY
+    )
 
 
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,7 +189,7 @@ def main() -> None:
         taken, updates = snapshot(engine), state.optimizer_step(engine)
         rest, final = steps(engine, 3, 6), snapshot(engine)
         everything = {key: value for part in dist.gather(taken) for key, value in part.items()}
-        fresh = make(CASES[name], apex=name.endswith("apex"))
+        fresh = make(CASES[name], apex=name.endswith("apex"), shift=1.0)
         state.write(fresh, lambda part, key, all_=everything: all_[part.name, part.start, key], updates)
         again, refinal = steps(fresh, 3, 6), snapshot(fresh)
         covered = {}
