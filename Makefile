@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick faults lint format types bench docs clean help
+.PHONY: demo test quick faults slurm lint format types bench docs clean help
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -28,6 +28,9 @@ quick: $(STAMP) ## the inner loop: tests that take a moment
 
 faults: $(STAMP) ## every instant of the fault suite; figures to reliability.json
 	FDSCALE_FAULTS=long FDSCALE_FAULTS_FIGURES=reliability.json $(BIN)/python -m pytest tests/faults
+
+slurm: $(STAMP) ## the job scripts on a real Slurm of two nodes on this machine
+	$(BIN)/python -m pytest -rs tests/slurm
 
 lint: $(STAMP) ## style and imports
 	$(BIN)/ruff check fdscale tests setup.py

@@ -1,10 +1,22 @@
 """Packaging of fdscale. Installing never compiles anything: fused kernels are built only on request."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
+
+
+class Build(build_py):
+    """Also takes the job scripts along, which stand beside the package."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(HERE / "slurm", Path(self.build_lib, "fdscale", "slurm"), dirs_exist_ok=True)
+
 
 setup(
     name="fdscale",
@@ -15,6 +27,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["fdscale", "fdscale.*"]),
+    cmdclass={"build_py": Build},
     package_data={"fdscale": ["recipes/*.yaml", "data/*.c", "py.typed"]},
     install_requires=[
         "torch>=2.9",

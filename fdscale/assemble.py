@@ -26,7 +26,7 @@ from fdscale.data.shard_cache import GIB, ShardCache
 from fdscale.data.sources import Settings
 from fdscale.data.stream import Samples, batches, chosen_batches, evaluation_batches
 from fdscale.engine import memory
-from fdscale.engine.initialize import accumulation
+from fdscale.engine.ds_config import accumulation
 from fdscale.engine.metrics import Work
 from fdscale.models import backbone as build_backbone
 from fdscale.models import convert

@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fdscale {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _distill(verbs)
+    _submit(verbs)
     _cache(verbs)
     _export(verbs)
     _runs(verbs)
@@ -73,6 +74,36 @@ def _distill(verbs: argparse._SubParsersAction) -> None:
     ds = "DeepSpeed JSON: ZeRO stage, offload, precision (default: ZeRO 0 in float32)"
     sub.add_argument("--ds", metavar="FILE", help=ds)
     sub.add_argument("--resume", metavar="CHECKPOINT", help="start a new run from another run's checkpoint directory")
+
+
+def _submit(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale submit clip_vit_base_300 --run runs/clip-b --ds ds_configs/zero1.json \\\n"
+        "    --nodes 8 --gpus-per-node 8 --time 24:00:00 --partition a100 \\\n"
+        "    --set data.shards='/data/imagenet/train-{0000..0639}.tar' \\\n"
+        "    --set teacher.weights=/models/clip_vit_b16.safetensors --sbatch --exclusive --mem=0"
+    )
+    sub = _verb(verbs, "submit", "fdscale.submit:main", "run a recipe as a Slurm job that requeues itself", example)
+    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
+    sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    gpus = "GPUs of each node, one rank per GPU; also TYPE:N; 0: a rank per node, on its CPUs (default: 8)"
+    sub.add_argument("--gpus-per-node", default="8", metavar="N", help=gpus)
+    cpus = "CPUs of each rank (default: data.workers and two more)"
+    sub.add_argument("--cpus-per-task", type=int, metavar="N", help=cpus)
+    limit = "time limit of one start; at it the run is saved and requeued, until it is done"
+    sub.add_argument("--time", required=True, metavar="TIME", help=limit)
+    sub.add_argument("--partition", metavar="NAME", help="where to run")
+    sub.add_argument("--account", metavar="NAME", help="who pays")
+    _set(sub)
+    sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
+    sub.add_argument("--after", metavar="JOBID", help="start once that job is done; if it fails, never")
+    array = "a job array: each line of the file holds overrides, such as optim.lr=1e-3; line K runs in DIR/K, K from 0"
+    sub.add_argument("--array", metavar="FILE", help=array)
+    sub.add_argument("--verb", dest="script", default="distill", metavar="VERB", help="what to run (default: distill)")
+    sub.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
+    rest = "everything after it goes to sbatch, for example --sbatch --exclusive --mem=0"
+    sub.add_argument("--sbatch", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help=rest)
 
 
 def _set(sub: argparse.ArgumentParser) -> None:
@@ -134,6 +165,8 @@ def _doctor(verbs: argparse._SubParsersAction) -> None:
     text = "say what this machine can run and what is missing"
     sub = _verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
+    build = "also compile now what DeepSpeed would at first use, under this ds_config (default: ZeRO 0)"
+    sub.add_argument("--build", nargs="?", const="", metavar="FILE", help=build)
 
 
 def _shards(verbs: argparse._SubParsersAction) -> None:

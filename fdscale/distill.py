@@ -28,8 +28,9 @@ from fdscale.assemble import (
 from fdscale.data import jpeg
 from fdscale.data.index import open_index
 from fdscale.engine import checkpoint, ema
+from fdscale.engine.ds_config import bf16
 from fdscale.engine.guard import Detours, Guard
-from fdscale.engine.initialize import bf16, initialize, prepare_environment, read_ds_config
+from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
 from fdscale.engine.metrics import Meter, peak_flops
 from fdscale.engine.schedule import cosine
 from fdscale.objective import feature_loss

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from fdscale.data import jpeg
-from fdscale.engine.initialize import prepare_environment
+from fdscale.engine.initialize import build_ops, prepare_environment, read_ds_config
 
 APEX = (
     "optional: NVIDIA's apex, whose fused LayerNorm and AdamW are used on a GPU where it is installed with its CUDA "
@@ -33,9 +33,12 @@ class Finding:
     detail: str
 
 
-def main(json: bool) -> int:
+def main(json: bool, build: str | None) -> int:
     """`fdscale doctor`; exit code 2 when something needed is missing."""
     findings = examine()
+    if build is not None:
+        built = build_ops(read_ds_config(build or None))
+        findings.append(Finding("ok", "built", ", ".join(built) or "nothing is compiled at first use here"))
     if json:
         print(json_module.dumps([asdict(finding) for finding in findings], indent=1))
     else:

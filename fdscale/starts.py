@@ -202,6 +202,8 @@ def environment() -> dict[str, Any]:
 
 def _commit() -> str | None:
     root = Path(__file__).resolve().parent.parent
+    with contextlib.suppress(OSError):  # a copy that `fdscale submit` made
+        return (root / "COMMIT").read_text().strip()
     if not (root / ".git").exists():
         return None
     try:

@@ -11,7 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
-APPS = {"assemble", "recovery", "distill", "export", "cache", "catalog", "doctor", "pack", "demo", "bench", "runs"}
+APPS = {
+    "assemble", "recovery", "distill", "submit", "export", "cache", "catalog", "doctor", "pack", "demo", "bench",
+    "runs",
+}  # fmt: skip
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),

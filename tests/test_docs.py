@@ -15,6 +15,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "ds_configs" / "README.md",
+    ROOT / "slurm" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
@@ -39,7 +40,9 @@ def commands(text: str) -> list[str]:
     for line in [*lines, *spans]:
         line = line.split("  #")[0].strip()
         match = re.search(
-            r"(?:^|\s)(?:fdscale|fdscale\.cli --) ((?:distill|cache|export|runs|recipes|doctor|shards|bench)\b.*)", line
+            r"(?:^|\s)(?:fdscale|fdscale\.cli --) "
+            r"((?:distill|submit|cache|export|runs|recipes|doctor|shards|bench)\b.*)",
+            line,
         )
         if match:
             found.append(match.group(1))
@@ -52,9 +55,14 @@ def test_commands_parse(page: Path) -> None:
         words = [
             word for word in shlex.split(command) if word not in ("...", "[--set", "[--ds", "[--steps", "[--resume")
         ]
-        if "RECIPE" in words or "[" in command or words == ["cache"]:
+        if (
+            "RECIPE" in words
+            or "[" in command
+            or words == ["cache"]
+            or (words[0] == "submit" and "--time" not in words)
+        ):
             continue  # a synopsis
-        if words[0] == "distill" and "--run" not in words:
+        if words[0] in ("distill", "submit") and "--run" not in words:
             words += ["--run", "x"]
         arguments = cli.parser().parse_args(words)
         for setting in getattr(arguments, "set", None) or []:
@@ -67,7 +75,7 @@ def test_commands_parse(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_named_files_exist(page: Path) -> None:
     text = page.read_text()
-    for name in re.findall(r"\b((?:fdscale|tests|docs|ds_configs)/[\w/]+\.(?:py|md|json|yaml))", text):
+    for name in re.findall(r"\b((?:fdscale|tests|docs|ds_configs|slurm)/[\w/]+\.(?:py|md|json|yaml|sh|sbatch))", text):
         assert (ROOT / name).exists(), f"{page_id(page)}: {name}"
     for name in re.findall(r"`((?:engine|models|data|kernels)/\w+\.py)`", text):
         assert (ROOT / "fdscale" / name).exists(), f"{page_id(page)}: {name}"
