@@ -135,10 +135,14 @@ def _export(verbs: argparse._SubParsersAction) -> None:
     example = "fdscale export runs/clip-b student.safetensors --names timm"
     sub = _verb(verbs, "export", "fdscale.export:main", "write a student's weights as safetensors", example)
     sub.add_argument("source", help="run directory, or one checkpoint directory of it")
-    sub.add_argument("out", help="file to write (.safetensors)")
+    sub.add_argument("out", help="file to write (.safetensors), or a directory for several files with an index")
     names = "parameter names: ours, microsoft's Swin V2 or BEiT's, or timm's (default: fdscale)"
     sub.add_argument("--names", choices=("fdscale", "official", "timm"), default="fdscale", help=names)
-    sub.add_argument("--force", action="store_true", help="replace an existing file")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
+    size = "most of a file in a directory, in GiB (default: 5)"
+    sub.add_argument("--shard-gib", type=float, default=5.0, metavar="N", help=size)
+    sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
+    sub.add_argument("--force", action="store_true", help="replace existing weights")
 
 
 def _runs(verbs: argparse._SubParsersAction) -> None:

@@ -27,7 +27,7 @@ from fdscale.assemble import (
 )
 from fdscale.data import jpeg
 from fdscale.data.index import open_index
-from fdscale.engine import checkpoint
+from fdscale.engine import checkpoint, ema
 from fdscale.engine.ds_config import bf16
 from fdscale.engine.guard import Detours, Guard
 from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
@@ -71,6 +71,15 @@ class HeldOut:
             self._constant = self._mean_training_token()
         if self._constant is None:
             return {}
+        record = self._evaluate(engine, first)
+        if record and self._parts.settings.optim.ema is not None:
+            with ema.in_place_of_weights(engine):
+                averaged = self._evaluate(engine, False)
+            record = record | {"heldout_loss_ema": averaged["heldout_loss"]} if averaged else {}
+        return record
+
+    def _evaluate(self, engine: Any, first: bool) -> dict[str, Any]:
+        """The losses of the weights that are in place; empty where a signal came."""
         parts, beta = self._parts, self._parts.settings.objective.beta
         sums = torch.zeros(3, dtype=torch.float64, device=dist.device())
         engine.eval()
@@ -197,6 +206,7 @@ def _distill(
         clip_grad=optim.clip_grad,
         layer_decay=optim.layer_decay,
         fused=optim.fused,
+        average=optim.ema,
     )
     run.clock.mark("build")
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()

@@ -136,6 +136,12 @@ class Optim:
         choices=("auto", "torch", "apex"),
         neutral=True,
     )
+    ema: float | None = option(
+        None,
+        "decay of a moving average of the weights that is kept beside them, such as 0.9999; null: none",
+        low=0.0,
+        high=0.99999999,
+    )
     layer_decay: float = option(
         1.0, "learning rate factor per layer from the output to the input; 1: none", low=1e-3, high=1.0
     )

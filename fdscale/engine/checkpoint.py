@@ -15,22 +15,19 @@ flattened parameter it holds, so any number of ranks, at any ZeRO stage, can rea
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from torch import Tensor
-
-from fdscale import UserError, __version__, dist
+from fdscale import UserError, dist
+from fdscale.engine import contents
 from fdscale.engine import state as local
-
-FORMAT = 1
+from fdscale.engine.contents import Damaged
+from fdscale.engine.reader import Reader
 
 
 def name_of(step: int) -> str:
@@ -49,37 +46,19 @@ def committed(folder: Path) -> list[Path]:
     return sorted(named, key=step_of, reverse=True)
 
 
-def verify(checkpoint: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint directory, or None. contents: also compare the hash of every file.
+def verify(checkpoint: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint directory, or None. hashes: also compare the hash of every file.
 
-    share: (i, n) looks at the i-th of every n files only. Raises UserError for one that a newer fdscale wrote: it is
-    not damaged, and must not be walked back past.
+    share: (i, n) looks at the i-th of every n files only, and the first at what they hold together. Raises UserError
+    for one that a newer fdscale wrote: it is not damaged, and must not be walked back past.
     """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        if manifest["format"] > FORMAT:
-            newer = f"it has format {manifest['format']}, and this fdscale {__version__} reads up to {FORMAT}"
-            raise UserError(f"{checkpoint}: {newer}; update fdscale")
-        for entry in manifest["files"][share[0] :: share[1]]:
-            path = checkpoint / Path(entry["name"]).name
-            if not path.is_file():
-                return f"{entry['name']} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{entry['name']} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if contents and _sha256(path) != entry["sha256"]:
-                return f"the content of {entry['name']} does not match its hash in the manifest"
-    except UserError:
-        raise
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json is not readable ({error})"
+        contents.verify_files(checkpoint, hashes=hashes, share=share)
+        if share[0] == 0:
+            Reader(checkpoint).close()
+    except Damaged as damage:
+        return str(damage)
     return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def newest_valid(folder: Path, *, before: int | None = None) -> tuple[Path | None, list[str]]:
@@ -141,10 +120,10 @@ def _from_rank_0(work: Callable[[], Any]) -> Any:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises UserError where it is no checkpoint."""
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        return contents.read_state(checkpoint)
+    except Damaged as damage:
         raise UserError(
-            f"{checkpoint} is not a checkpoint of fdscale ({error}); expected a directory such as "
+            f"{checkpoint} is not a checkpoint of fdscale ({damage}); expected a directory such as "
             "RUN/checkpoints/step-00001000"
         ) from None
 
@@ -153,9 +132,7 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Pa
     """Refuse to continue a run as a different one; names the keys that differ."""
     different = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     if different:
-        lines = "; ".join(
-            f"{key} was {json.dumps(saved.get(key))}, is {json.dumps(wanted.get(key))}" for key in different[:5]
-        )
+        lines = "; ".join(f"{key} was {_show(saved.get(key))}, is {_show(wanted.get(key))}" for key in different[:5])
         more = f" and {len(different) - 5} more" if len(different) > 5 else ""
         raise UserError(
             f"{checkpoint} belongs to another run: {lines}{more}. Take the old values, or start in another --run "
@@ -163,49 +140,9 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Pa
         )
 
 
-class Reader:
-    """Reads ranges of flattened parameters out of the files of a checkpoint, whatever ranks wrote them."""
-
-    def __init__(self, checkpoint: Path):
-        self.state = read_state(checkpoint)
-        names = sorted(entry["name"] for entry in json.loads((checkpoint / "manifest.json").read_text())["files"])
-        self._files = [safe_open(checkpoint / name, "pt") for name in names if name.startswith("rank-")]
-        self._where: dict[str, list[tuple[int, int, Any]]] = {}
-        for file in self._files:
-            for name, (start, length) in json.loads(file.metadata()["ranges"]).items():
-                self._where.setdefault(name, []).append((start, length, file))
-
-    def fetch(self, part: local.Range, key: str) -> Tensor:
-        """The elements of one range as a flat float32 CPU tensor.
-
-        Raises UserError where the checkpoint does not cover it.
-        """
-        out = torch.empty(part.length)
-        missing = part.length
-        for start, length, file in self._where.get(part.name, ()):
-            begin, end = max(start, part.start), min(start + length, part.start + part.length)
-            if begin < end:
-                piece = file.get_slice(f"{key}/{part.name}")[begin - start : end - start]
-                out[begin - part.start : end - part.start] = piece
-                missing -= end - begin
-        if missing:
-            raise UserError(f"the checkpoint holds no {key} for {missing} of {part.length} elements of {part.name}")
-        return out
-
-    def full(self, name: str, key: str = "fp32") -> Tensor:
-        """A whole parameter."""
-        shape = tuple(self.state["parameters"][name])
-        return self.fetch(local.Range(name, shape, 0, torch.Size(shape).numel()), key).view(shape)
-
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters, one at a time."""
-        for name in self.state["parameters"]:
-            yield name, self.full(name)
-
-    def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """All persistent buffers."""
-        for name in self.state["buffers"]:
-            yield name, self._files[0].get_tensor(f"buffer/{name}")
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def load(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> tuple[int, int]:
@@ -213,30 +150,50 @@ def load(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> tuple[int, 
 
     Raises UserError where it belongs to another trajectory, or where anything in it would be dropped.
     """
-    reader = Reader(checkpoint)
-    saved = reader.state
+    saved = read_state(checkpoint)
     check_identity(saved["identity"], identity, checkpoint)
-    shapes = {name: list(shape) for name, shape in local.names_and_shapes(engine).items()}
-    if shapes != saved["parameters"]:
-        differing = sorted(
-            name
-            for name in shapes.keys() | saved["parameters"].keys()
-            if shapes.get(name) != saved["parameters"].get(name)
-        )
-        raise UserError(
-            f"{checkpoint} has other parameters than this model: {', '.join(differing[:5])} ({len(differing)} in all)"
-        )
-    groups = {name: (g["lr_scale"], g["weight_decay"]) for g in saved["groups"] for name in g["names"]}
+    check_fit(saved, local.describe(engine), checkpoint)
+    try:
+        with contextlib.closing(Reader(checkpoint)) as reader:
+            local.write(engine, reader.fetch, saved["optimizer_step"])
+            own = local.buffers(engine)
+            for name, value in reader.buffers():
+                own[name].copy_(value)
+    except Damaged as damage:
+        raise UserError(f"{checkpoint}: {damage}") from None
     for group in engine.optimizer.param_groups:
-        for name in group["names"]:
-            assert groups[name] == (group["lr_scale"], group["weight_decay"]), (
-                f"{name} changed its group without a change of the config"
-            )
-    local.write(engine, reader.fetch, saved["optimizer_step"])
-    own = local.buffers(engine)
-    for name, value in reader.buffers():
-        own[name].copy_(value)
+        group["lr"] = next((old["lr"] for old in saved["groups"] if old["names"] == group["names"]), group["lr"])
     engine.global_steps = saved["step"]
     engine.global_samples = saved["samples"]
     engine.micro_steps = saved["step"] * engine.gradient_accumulation_steps()
     return saved["step"], saved["samples"]
+
+
+def check_fit(saved: dict[str, Any], own: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse what an engine (`state.describe`) would drop of a checkpoint, or would not find there, by name."""
+    kinds = {
+        "parameters": (saved["parameters"], own["parameters"]),
+        "frozen parameters": (dict.fromkeys(saved["frozen"]), dict.fromkeys(own["frozen"])),
+        "buffers": (dict.fromkeys(saved["buffers"]), dict.fromkeys(own["buffers"])),
+        "vectors of each parameter": (dict.fromkeys(saved["keys"]), dict.fromkeys(own["keys"])),
+        "groups of parameters": (_by_parameter(saved["groups"]), _by_parameter(own["groups"])),
+    }
+    for kind, (there, here) in kinds.items():
+        different = [_difference(name, there, here) for name in sorted(there.keys() | here.keys())]
+        different = [what for what in different if what]
+        if different:
+            more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+            raise UserError(f"{checkpoint} has other {kind} than this model: {'; '.join(different[:5])}{more}")
+
+
+def _difference(name: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    if name not in here:
+        return f"{name} is there alone"
+    if name not in there:
+        return f"{name} is here alone"
+    return f"{name} is {_show(there[name])} there and {_show(here[name])} here" if there[name] != here[name] else ""
+
+
+def _by_parameter(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    kept = ("lr_scale", "weight_decay")
+    return {name: {key: group[key] for key in kept} for group in groups for name in group["names"]}

@@ -29,7 +29,8 @@ from torch import Tensor
 from fdscale import UserError, __version__, config, dist
 from fdscale.engine import state as local
 from fdscale.engine import tensor_file
-from fdscale.engine.checkpoint import FORMAT, committed, name_of
+from fdscale.engine.checkpoint import committed, name_of
+from fdscale.engine.contents import FORMAT
 from fdscale.engine.room import Fenced, Room, write_durably
 from fdscale.run import Run
 
@@ -302,19 +303,12 @@ class Saver:
 
     def _describe(self, step: int, samples: int) -> dict[str, Any]:
         """The content of state.json."""
-        engine = self._engine
         return {
             "format": FORMAT,
             "step": step,
             "samples": samples,
-            "optimizer_step": local.optimizer_step(engine),
             "identity": self._identity,
-            "parameters": {name: list(shape) for name, shape in local.names_and_shapes(engine).items()},
-            "buffers": sorted(local.buffers(engine)),
-            "groups": [
-                {key: group[key] for key in ("names", "lr", "lr_scale", "weight_decay")}
-                for group in engine.optimizer.param_groups
-            ],
+            **local.describe(self._engine),
             "config": config.as_dict(self._run.settings),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,13 +23,31 @@ ARGS = {
 IDENTITY = {"optim.lr": 1e-3, "data.seed": 0}
 
 
-def make_engine(seed: int = 0, width: int = 8) -> Any:
+def make_engine(
+    seed: int = 0,
+    width: int = 8,
+    change: Callable[[Any], object] = lambda module: None,
+    stage: int = 1,
+    average: float | None = None,
+    layer_decay: float = 0.9,
+) -> Any:
     with torch.device("meta"):
         module = Distiller(backbone("swin_v2", ARGS), width)
-    adam = {"lr": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip_grad": 3.0, "layer_decay": 0.9}
-    ds = {"zero_optimization": {"stage": 1}}
+        change(module)
+    adam = {"lr": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "clip_grad": 3.0}
+    ds = {"zero_optimization": {"stage": stage}}
 
     def first(name: str, shape: torch.Size) -> torch.Tensor:
         return initial_value(module, name, shape, torch.float32, seed)
 
-    return initialize(module, first, ds, batch_size=4, micro_batch=4, **adam)
+    more = {"layer_decay": layer_decay, "average": average}
+    return initialize(module, first, ds, batch_size=4, micro_batch=4, **adam, **more)
+
+
+def trained(made: Any) -> Any:
+    """The same after two steps."""
+    for _ in range(2):
+        loss = made(torch.randn(4, 3, 32, 32), torch.randn(4, 64, 8), torch.arange(4))
+        made.backward(loss)
+        made.step()
+    return made

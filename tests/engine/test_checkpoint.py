@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import IDENTITY, make_engine
+from engines import IDENTITY, make_engine, trained
 from safetensors.torch import load_file
 
 from fdscale import UserError, config
@@ -131,8 +131,75 @@ def test_another_run_is_refused_by_key(engine: Any, tmp_path: Path) -> None:
 
 def test_other_parameters_are_refused_by_name(engine: Any, tmp_path: Path) -> None:
     path = save(engine, tmp_path)
-    with pytest.raises(UserError, match=r"other parameters than this model: projector\.bias, projector\.weight"):
+    with pytest.raises(
+        UserError, match=r"other parameters than this model: projector\.bias is \[8\] there and \[12\] here; "
+    ):
         checkpoint.load(make_engine(width=12), path, IDENTITY)
+
+
+def freeze(module: Any) -> None:
+    module.projector.bias.requires_grad_(False)
+
+
+def buffer(module: Any) -> None:
+    module.register_buffer("seen", torch.zeros(3, device="cpu"))
+
+
+REFUSED = {
+    "frozen": ({"change": freeze}, r"other frozen parameters .*: projector\.bias is here alone"),
+    "buffer": ({"change": buffer}, r"other buffers than this model: seen is here alone"),
+    "average": ({"average": 0.9}, r"other vectors of each parameter than this model: ema is here alone"),
+    "groups": ({"layer_decay": 0.5}, r"other groups of parameters .*: backbone\.\S+ is \{.*\} there and \{.*\} here"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_state_that_would_be_dropped_or_missing_is_refused_by_name(engine: Any, tmp_path: Path, kind: str) -> None:
+    settings, message = REFUSED[kind]
+    other = make_engine(seed=5, **settings)
+    before = {(part.name, key): v.clone() for part, values in state.read(other) for key, v in values.items()}
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(other, save(engine, tmp_path), IDENTITY)
+    after = {(part.name, key): v for part, values in state.read(other) for key, v in values.items()}
+    assert all(torch.equal(before[key], after[key]) for key in before)  # refused before anything was touched
+    if kind != "groups":  # and the other way round
+        path = save(trained(other), tmp_path / "other")
+        with pytest.raises(UserError, match=message.replace("here", "there")):
+            checkpoint.load(make_engine(), path, IDENTITY)
+
+
+def test_frozen_parameters_buffers_and_the_average_come_back(tmp_path: Path, process_group: None) -> None:
+    def change(module: Any) -> None:
+        freeze(module)
+        buffer(module)
+
+    one = trained(make_engine(change=change, average=0.9))
+    one.module.seen += torch.arange(3)
+    path = save(one, tmp_path)
+    written = load_file(path / "rank-00000.safetensors")
+    assert "fp32/projector.bias" in written
+    assert "exp_avg/projector.bias" not in written
+    other = make_engine(seed=9, change=change, average=0.9)
+    checkpoint.load(other, path, IDENTITY)
+    assert torch.equal(other.module.seen, torch.arange(3.0))
+    found = {(part.name, key): value for part, values in state.read(other) for key, value in values.items()}
+    assert {key for name, key in found if name == "projector.weight"} == {*state.KEYS, "ema"}
+    for part, values in state.read(one):
+        assert all(torch.equal(value, found[part.name, key]) for key, value in values.items()), part
+
+
+def test_a_parameter_without_gradients_is_named(tmp_path: Path, process_group: None) -> None:
+    def change(module: Any) -> None:
+        module.idle = torch.nn.Parameter(torch.empty(3))
+
+    def save_it(average: float | None) -> None:
+        save(trained(make_engine(change=change, stage=0, average=average)), tmp_path)
+
+    with pytest.raises(UserError, match="the parameter idle never received a gradient"):
+        save_it(None)
+    with pytest.raises(UserError, match="the parameter idle did not receive a gradient at every step"):
+        save_it(0.9)
+    assert not checkpoint.committed(tmp_path)
 
 
 def test_a_newer_format_is_refused(engine: Any, tmp_path: Path) -> None:
