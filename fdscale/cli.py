@@ -135,10 +135,14 @@ def _export(verbs: argparse._SubParsersAction) -> None:
     example = "fdscale export runs/clip-b student.safetensors --names timm"
     sub = _verb(verbs, "export", "fdscale.export:main", "write a student's weights as safetensors", example)
     sub.add_argument("source", help="run directory, or one checkpoint directory of it")
-    sub.add_argument("out", help="file to write (.safetensors)")
+    sub.add_argument("out", help="file to write (.safetensors), or a directory for several files with an index")
     names = "parameter names: ours, microsoft's Swin V2 or BEiT's, or timm's (default: fdscale)"
     sub.add_argument("--names", choices=("fdscale", "official", "timm"), default="fdscale", help=names)
-    sub.add_argument("--force", action="store_true", help="replace an existing file")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
+    size = "most of a file in a directory, in GiB (default: 5)"
+    sub.add_argument("--shard-gib", type=float, default=5.0, metavar="N", help=size)
+    sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
+    sub.add_argument("--force", action="store_true", help="replace existing weights")
 
 
 def _runs(verbs: argparse._SubParsersAction) -> None:
@@ -300,6 +304,16 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
     sub.add_argument("--batch", type=int, default=8, metavar="N", help="images in a batch (default: 8)")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
+    text = "measure for how long training waits for a checkpoint"
+    sub = _verb(tables, "checkpoint", "fdscale.bench.checkpoint:main", text, "fdscale bench checkpoint --width 768")
+    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
+    sub.add_argument("--width", type=int, default=768, metavar="N", help="channels of the ViT (default: 768, 86 M)")
+    sub.add_argument("--batch", type=int, default=1, metavar="N", help="images in a batch of a rank (default: 1)")
+    sub.add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default: 1)")
+    sub.add_argument("--folder", metavar="DIR", help="where to write (default: the system's temporary directory)")
+    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
     sub.add_argument("--json", metavar="FILE", help=to)
 
 

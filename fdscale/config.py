@@ -22,7 +22,7 @@ import yaml
 
 from fdscale import UserError
 from fdscale.keys import Config
-from fdscale.strict import StrictLoader, hints_of, nearest, section, value_of
+from fdscale.strict import hints_of, nearest, read_yaml, section, value_of
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -41,8 +41,8 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """
     path = recipe_path(recipe)
     try:
-        tree = yaml.load(path.read_text(), Loader=StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        tree = read_yaml(path.read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     config = section(Config, tree if tree is not None else {}, "", str(path))
     for text in overrides:
@@ -82,8 +82,8 @@ def _override(config: Config, text: str) -> Config:
     if not equals or len(keys) < 2:
         raise UserError(f"{where}: expected section.key=value, for example --set optim.lr=2e-4")
     try:
-        value = yaml.load(raw, Loader=StrictLoader)
-    except yaml.YAMLError:
+        value = read_yaml(raw)
+    except ValueError:
         raise UserError(
             f"{where}: the value is not readable as YAML; quote it for the shell, for example --set "
             "'data.scale=[0.08, 1]'"

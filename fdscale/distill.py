@@ -27,11 +27,13 @@ from fdscale.assemble import (
 )
 from fdscale.data import jpeg
 from fdscale.data.index import open_index
-from fdscale.engine import checkpoint
+from fdscale.engine import checkpoint, ema
 from fdscale.engine.ds_config import bf16
 from fdscale.engine.guard import Detours, Guard
 from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
 from fdscale.engine.metrics import Meter, peak_flops
+from fdscale.engine.room import Room, open_room
+from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
 from fdscale.objective import feature_loss
 from fdscale.recovery import Recovery
@@ -69,6 +71,15 @@ class HeldOut:
             self._constant = self._mean_training_token()
         if self._constant is None:
             return {}
+        record = self._evaluate(engine, first)
+        if record and self._parts.settings.optim.ema is not None:
+            with ema.in_place_of_weights(engine):
+                averaged = self._evaluate(engine, False)
+            record = record | {"heldout_loss_ema": averaged["heldout_loss"]} if averaged else {}
+        return record
+
+    def _evaluate(self, engine: Any, first: bool) -> dict[str, Any]:
+        """The losses of the weights that are in place; empty where a signal came."""
         parts, beta = self._parts, self._parts.settings.objective.beta
         sums = torch.zeros(3, dtype=torch.float64, device=dist.device())
         engine.eval()
@@ -156,16 +167,26 @@ def distill(
     dist.init()
     clock.mark("init")
     run = Run(directory, parts.settings, clock)
-    return run.own(lambda token: _distill(run, parts, ds_config, stop_at, resume))
+
+    def work(token: str) -> int:
+        room = open_room(directory / "checkpoints", token)
+        try:
+            return _distill(run, parts, room, ds_config, stop_at, resume)
+        finally:
+            if dist.rank() == 0:
+                room.close()
+
+    return run.own(work)
 
 
-def _distill(run: Run, parts: Parts, ds_config: dict[str, Any], stop_at: int | None, resume: str | None) -> int:
+def _distill(
+    run: Run, parts: Parts, room: Room, ds_config: dict[str, Any], stop_at: int | None, resume: str | None
+) -> int:
     """Build the engine, load what there is, and train, in a directory that is ours."""
     directory, settings = run.directory, parts.settings
     wanted = identity(parts, parts.teacher.fingerprint())
     detours = Detours(directory)
-    if dist.rank() == 0:  # a crash may have left some of what the last rollback gave up
-        checkpoint.discard_if(directory / "checkpoints", functools.partial(_abandoned, detours, settings))
+    _forget_abandoned(room, detours, settings)
     run.clock.mark("build")
     start = open_checkpoint(run, resume)
     run.clock.mark("load")
@@ -185,12 +206,13 @@ def _distill(run: Run, parts: Parts, ds_config: dict[str, Any], stop_at: int | N
         clip_grad=optim.clip_grad,
         layer_decay=optim.layer_decay,
         fused=optim.fused,
+        average=optim.ema,
     )
     run.clock.mark("build")
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
     guard = Guard(settings.guard, optim.batch_size)
     guard.restart(state.step, state.samples, checkpoint.read_state(start).get("guard", {}) if start is not None else {})
-    recovery = Recovery(engine, run, guard, detours, state, wanted)
+    recovery = Recovery(engine, run, Saver(engine, room, run, wanted), guard, detours, state, wanted)
     recovery.detour()
     assert schedule.steps is not None
     last = min(schedule.steps, schedule.steps if stop_at is None else stop_at)
@@ -204,10 +226,11 @@ def _distill(run: Run, parts: Parts, ds_config: dict[str, Any], stop_at: int | N
         | {"from_step": state.step, "step": state.step, "goal": schedule.steps}
     )
     with run:
-        if dist.rank() == 0:
-            checkpoint.sweep(directory / "checkpoints")
         _announce(run, parts, start, state, last)
-        _train(engine, parts, run, state, last, recovery, torch.bfloat16 if bf16(ds_config) else torch.float32)
+        try:
+            _train(engine, parts, run, state, last, recovery, torch.bfloat16 if bf16(ds_config) else torch.float32)
+        finally:
+            recovery.saver.close()
     if run.fenced:
         run.say("another start has taken this run over; this one stops and saves nothing", "red")
         return FENCED
@@ -224,6 +247,19 @@ def _distill(run: Run, parts: Parts, ds_config: dict[str, Any], stop_at: int | N
         run.say(f"stopped by {run.stopped_by} at step {state.step}; the same command goes on from here")
         return STOPPED
     return DONE
+
+
+def _forget_abandoned(room: Room, detours: Detours, settings: config.Config) -> None:
+    """Remove what a crash may have left of what the last rollback gave up; a collective."""
+    problem = ""
+    if dist.rank() == 0:
+        try:
+            room.discard_if(functools.partial(_abandoned, detours, settings))
+        except (OSError, UserError) as error:
+            problem = f"what the last rollback gave up cannot be removed from {room.folder}: {error}"
+    problem = dist.gather(problem)[0]
+    if problem:
+        raise UserError(problem)
 
 
 def _abandoned(detours: Detours, settings: config.Config, saved: dict[str, Any]) -> bool:
@@ -296,7 +332,7 @@ def _train(
     )
     meter = Meter(optim.batch_size, work_per_image(parts), peak_flops(dtype))
     train(
-        engine, open_stream, prepare, blank, state, run, meter, recovery.guard,
+        engine, open_stream, prepare, blank, state, run, meter, recovery.guard, recovery.saver,
         stop_at=last, batch_size=optim.batch_size, schedule=lr, save=recovery.save, go_back=recovery.go_back,
         evaluate=lambda: heldout(engine), logging=settings.log, saving=settings.save,
     )  # fmt: skip

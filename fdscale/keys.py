@@ -136,6 +136,12 @@ class Optim:
         choices=("auto", "torch", "apex"),
         neutral=True,
     )
+    ema: float | None = option(
+        None,
+        "decay of a moving average of the weights that is kept beside them, such as 0.9999; null: none",
+        low=0.0,
+        high=0.99999999,
+    )
     layer_decay: float = option(
         1.0, "learning rate factor per layer from the output to the input; 1: none", low=1e-3, high=1.0
     )
@@ -200,6 +206,12 @@ class Save:
 
     every: int = option(1000, "steps between checkpoints; the end of a run is always saved", low=1, neutral=True)
     keep: int = option(3, "newest checkpoints that are kept", low=1, neutral=True)
+    keep_every: int | None = option(
+        None, "steps: those at a multiple are kept for ever; null: none", low=1, neutral=True
+    )
+    failures: int = option(
+        3, "saves in a row that may fail, as on a full disk; then the run stops", low=1, neutral=True
+    )
 
 
 @dataclass(frozen=True)

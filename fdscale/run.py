@@ -7,10 +7,8 @@ metrics.jsonl, samples-RANK.log when asked, lost-RANK.log when samples were repl
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-import json
-import math
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fdscale import UserError, config, dist, starts
 from fdscale.signals import Stop
+from fdscale.sinks import JsonLines, TensorBoard, Wandb, line_of
 from fdscale.starts import write_atomically
 
-TOLD = ("stop", "fenced", "lost", "judged", "loss", "skipped", "void")  # what ranks tell each other at every step
+TOLD = ("stop", "fenced", "lost", "written", "judged", "loss", "skipped", "void")  # what ranks tell at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 PATIENCE_S = 5.0  # for data after a signal, where other ranks may be waiting for this one
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
@@ -47,6 +46,7 @@ class Run:
         self.clock = clock or starts.Clock()
         self.start: starts.Start | None = None  # rank 0's, while the directory is ours
         self.lost = 0  # samples replaced since this start, over all ranks
+        self.written = 0  # times that a rank was done with its part in a save, over all ranks
         self.over_budget = False  # whether these are more than data.lost_budget allows
         self._stop = Stop(PATIENCE_S if dist.world() > 1 else 0.1)
         self._agreement = dist.Agreement(*TOLD)
@@ -60,6 +60,7 @@ class Run:
         self._sinks: list[Any] = []
         self._progress: Progress | None = None
         self._samples: Any = None
+        self._refused = False  # whether the disk did not take a line
 
     # -- directory -----------------------------------------------------------------------------------------------------
     # --------------
@@ -131,11 +132,11 @@ class Run:
             raise UserError(problems[0])
 
     def _open_sinks(self) -> list[Any]:
-        sinks: list[Any] = [_JsonLines(self.directory / "metrics.jsonl")]
+        sinks: list[Any] = [JsonLines(self.directory / "metrics.jsonl")]
         if self.settings.log.tensorboard and importlib.util.find_spec("tensorboard"):
-            sinks.append(_TensorBoard(self.directory / "tensorboard"))
+            sinks.append(TensorBoard(self.directory / "tensorboard"))
         if self.settings.log.wandb:
-            sinks.append(_Wandb(self.settings.log.wandb, self.directory, config.as_dict(self.settings)))
+            sinks.append(Wandb(self.settings.log.wandb, self.directory, config.as_dict(self.settings)))
         return sinks
 
     def __enter__(self) -> Run:
@@ -146,11 +147,8 @@ class Run:
         self._stop.__exit__()
         if self._progress is not None:
             self._progress.stop()
-        for sink in self._sinks:
-            sink.close()
-        if self._samples is not None:
-            self._samples.close()
-        self._losses.close()
+        for file in (*self._sinks, *([self._samples] if self._samples is not None else []), self._losses):
+            self._note(file.close)
 
     # -- stopping ------------------------------------------------------------------------------------------------------
     # --------------
@@ -215,13 +213,14 @@ class Run:
                 self._verdicts.append((heard["loss"] / dist.world(), not heard["skipped"]))
         self.fenced |= heard["fenced"] > 0
         self.lost += int(heard["lost"])
+        self.written += int(heard["written"])
         self.over_budget = too_many(self.lost, self._seen, self.settings.data.lost_budget)
         if heard["stop"]:
             self._agree_on_signal()
 
     def report_lost(self, replaced: list[Any]) -> None:
         """Samples of this rank that had to be replaced: listed in lost-RANK.log, some shown, all counted."""
-        self._losses.add(replaced)
+        self._note(functools.partial(self._losses.add, replaced))
 
     # -- logging -------------------------------------------------------------------------------------------------------
     # --------------
@@ -277,8 +276,8 @@ class Run:
         if dist.rank() != 0:
             return
         for sink in self._sinks:
-            sink.write(values)
-        self.say(_line(values))
+            self._note(functools.partial(sink.write, values))
+        self.say(line_of(values))
         if self._progress is not None:
             self._progress.update(
                 self._progress.task_ids[0], note=f"loss {values['loss']:.4f}" if "loss" in values else ""
@@ -287,9 +286,17 @@ class Run:
     def log_samples(self, numbers: list[int], origins: list[tuple[str, str]]) -> None:
         """One line per sample: number, shard, key."""
         if self._samples is not None:
-            self._samples.write(
-                "".join(f"{number}\t{shard}\t{key}\n" for number, (shard, key) in zip(numbers, origins, strict=True))
-            )
+            lines = (f"{number}\t{shard}\t{key}\n" for number, (shard, key) in zip(numbers, origins, strict=True))
+            self._note(functools.partial(self._samples.write, "".join(lines)))
+
+    def _note(self, write: Callable[[], object]) -> None:
+        """Write what only informs: a disk that refuses it is told of once and costs lines, not the run."""
+        try:
+            write()
+        except OSError as error:
+            if not self._refused:
+                self.console.print(f"{self.directory}: lines of logs are lost: {error}", style="red", markup=False)
+            self._refused = True
 
 
 class Losses:
@@ -302,12 +309,12 @@ class Losses:
 
     def add(self, replaced: list[Any]) -> None:
         """List and count these `data.lost.Replaced`."""
+        self._new += len(replaced)
         if replaced and self._file is None:
             self._file = (self._directory / f"lost-{dist.rank()}.log").open("a", buffering=1)
         for one in replaced:
             self._file.write("\t".join(str(field).translate(SPACES) for field in one) + "\n")
             self._tell(one)
-        self._new += len(replaced)
 
     def _tell(self, one: Any) -> None:
         """The first few in full, then a line a minute."""
@@ -333,83 +340,3 @@ class Losses:
 def too_many(lost: int, seen: int, budget: float) -> bool:
     """Whether so many of the samples seen since the start were lost that a run must stop."""
     return lost > budget * max(seen, LOST_OVER_AT_LEAST)
-
-
-class _JsonLines:
-    def __init__(self, path: Path):
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = path.open("a", buffering=1)
-        if torn:  # a crash cut the last line; the next one must not become part of it
-            self._file.write("\n")
-
-    def write(self, values: dict[str, Any]) -> None:
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _TensorBoard:
-    def __init__(self, directory: Path):
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory))
-
-    def write(self, values: dict[str, Any]) -> None:
-        for key, value in values.items():
-            if key != "step" and isinstance(value, (int, float)):
-                self._writer.add_scalar(key, value, values["step"])
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _Wandb:
-    def __init__(self, project: str, directory: Path, settings: dict[str, Any]):
-        import wandb
-
-        known = directory / "wandb-id"  # directory names repeat; the id of a run must not
-        if not known.exists():
-            write_atomically(known, secrets.token_hex(8))
-        self._run = wandb.init(
-            project=project,
-            dir=str(directory),
-            name=directory.name,
-            config=settings,
-            resume="allow",
-            id=known.read_text().strip(),
-        )
-
-    def write(self, values: dict[str, Any]) -> None:
-        self._run.log(values, step=values["step"])
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-_LINE = (
-    ("loss", "loss {:.4f}"),
-    ("heldout_loss", "held-out {:.4f}"),
-    ("heldout_trivial", "(constant predictor {:.4f})"),
-    ("lr", "lr {:.2e}"),
-    ("grad_norm", "grad norm {:.3f}"),
-    ("images_per_s", "{:.1f} images/s"),
-    ("data_wait_s", "data wait {:.3f} s"),
-    ("mfu", "MFU {:.1%}"),
-    ("mem_gib", "{:.2f} GiB"),
-    ("skipped", "{:d} skipped"),
-    ("lost", "{:d} replaced"),
-)
-
-
-def _line(values: dict[str, Any]) -> str:
-    shown = [
-        form.format(values[key])
-        for key, form in _LINE
-        if values.get(key) is not None and not (key in ("skipped", "lost") and values[key] == 0)
-    ]
-    return f"step {values['step']}  " + "  ".join(shown)

@@ -87,6 +87,13 @@ class Clock:
         self.spent_s[name] = self.spent_s.get(name, 0.0) + max(now - self._marked_s, 0.0)
         self._marked_s = now
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """So much of what went to one name was another's."""
+        seconds = min(seconds, self.spent_s.get(source, 0.0))
+        if seconds > 0:
+            self.spent_s[source] -= seconds
+            self.spent_s[target] = self.spent_s.get(target, 0.0) + seconds
+
     def mark_once(self, name: str) -> None:
         """`mark`, if nothing went to this yet."""
         if name not in self.spent_s:
@@ -271,8 +278,8 @@ class Start:
         with self._lock, contextlib.suppress(OSError):
             self._withdrawn = True
             path_of(self.directory, self.number).unlink()
-            (self.directory / "starts").rmdir()
-            self.directory.rmdir()
+            for folder in ("starts", "checkpoints", ""):
+                (self.directory / folder).rmdir()
 
     def _live(self) -> None:
         while not self._ending.wait(BEAT_S):
@@ -355,9 +362,11 @@ def _take(directory: Path, number: int, mine: dict[str, Any], clock: Clock) -> S
         try:
             os.link(draft, path)  # whole from the first moment, and one process alone can do it, also over NFS
         except FileExistsError:
-            if draft.stat().st_nlink == 1:  # else it was us: a repeated message told NFS the second time
+            if (
+                read(path).get("token") != record["token"]
+            ):  # else it was us: NFS repeats a message whose answer got lost
                 return None
-        except FileNotFoundError:  # whoever came first has tidied up
+        except FileNotFoundError:  # a later start has tidied up
             return None
         except OSError:  # a file system without links
             try:
@@ -368,7 +377,8 @@ def _take(directory: Path, number: int, mine: dict[str, Any], clock: Clock) -> S
     finally:
         draft.unlink(missing_ok=True)
     for leftover in path.parent.glob(".*.tmp"):  # of those killed while writing
-        leftover.unlink(missing_ok=True)
+        if leftover.name < f".{number:06d}":  # who wanted this number too tidies up himself
+            leftover.unlink(missing_ok=True)
     start = Start(directory, number, record, clock)
     start._thread.start()
     return start

@@ -32,6 +32,9 @@ def option(
     return field(default=default, metadata=metadata)
 
 
+MOST_VALUES = 100_000  # in one YAML text, aliases unfolded
+
+
 class StrictLoader(yaml.SafeLoader):
     """PyYAML keeps the last of two equal keys silently; here it is an error."""
 
@@ -44,6 +47,21 @@ class StrictLoader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain data from YAML. Raises ValueError, also for aliases that would unfold without end."""
+    try:
+        tree = yaml.load(text, Loader=StrictLoader)
+    except (yaml.YAMLError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error) or type(error).__name__) from None
+    left = [tree]
+    for _ in range(MOST_VALUES):
+        if not left:
+            return tree
+        value = left.pop()
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    raise ValueError(f"more than {MOST_VALUES} values")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -110,7 +128,7 @@ def _convert(value: Any, hint: Any) -> tuple[Any, bool]:
     if hint is float:
         try:
             return float(value), isinstance(value, (int, float, str)) and not isinstance(value, bool)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return value, False
     return value, type(value) is hint
 

@@ -17,6 +17,7 @@ from fdscale.engine.guard import Guard
 from fdscale.engine.initialize import was_applied
 from fdscale.engine.metrics import Meter
 from fdscale.engine.optim import set_lr
+from fdscale.engine.saver import Saver
 from fdscale.keys import Log, Save
 from fdscale.run import Run
 
@@ -38,11 +39,12 @@ def train(
     run: Run,
     meter: Meter,
     guard: Guard,
+    saver: Saver,
     *,
     stop_at: int,
     batch_size: int,
     schedule: Callable[[int], float],
-    save: Callable[[TrainState], object],
+    save: Callable[[], object],
     go_back: Callable[[], bool],
     evaluate: Callable[[], dict[str, Any]],
     logging: Log,
@@ -52,15 +54,16 @@ def train(
 
     open_stream gives the micro-batches from a sample number on; prepare turns one into the module's arguments, and
     blank gives such without data; the module returns the loss. go_back handles `guard.trouble`: it changes `state`, or
-    returns False where it cannot.
+    returns False where it cannot. save begins to save `state`, through the saver.
     """
-    saved_at, stream = state.step, Stream(open_stream)
+    saver.saved_step, stream = state.step, Stream(open_stream)
     stuck = functools.partial(_stuck, run, meter, guard, stream, go_back)
 
     try:
         while state.step < stop_at and not run.should_stop(state.step) and not stuck():
+            saver.poll()
             set_lr(engine.optimizer, schedule(state.step))
-            void = _step(engine, stream.at(state.samples), prepare, blank, run, meter)
+            void = _step(engine, stream.at(state.samples), prepare, blank, run, meter, saver)
             if void and dist.world() == 1:
                 run.tell("stop")
                 break
@@ -69,6 +72,9 @@ def train(
             stream.went_on(state.samples)
             run.advance(state.step, batch_size)
             meter.end_step(was_applied(engine), void=void)
+            stall_s = saver.take_stall_s()
+            meter.stall(stall_s)
+            run.clock.move(stall_s, "steps", "saving")
             run.tell_verdicts(meter.verdicts())
             if state.step % saving.every == 0 or state.step == stop_at:
                 _settle(run, meter)
@@ -80,9 +86,8 @@ def train(
             heldout = aside(run, meter, "evaluation", evaluate) if due(logging.heldout_every) else {}
             if due(logging.every) or heldout:
                 _log(run, state, meter, guard, engine, heldout)
-            if state.step % saving.every == 0 and guard.calm and healthy(meter, engine):
-                aside(run, meter, "saving", lambda: save(state))
-                saved_at = state.step
+            if state.step % saving.every == 0 and guard.calm:
+                save()
     finally:
         stream.close()
     _settle(run, meter)
@@ -93,12 +98,14 @@ def train(
     state.step -= run.void
     state.samples -= run.void * batch_size
     run.note(step=state.step)
+    saver.finish()
+    meter.stall(saver.take_stall_s())
     if meter.steps and not run.void:  # stopped between two log lines
         _log(run, state, meter, guard, engine, {})
-    if state.step != saved_at and not run.diverged and guard.trouble is None:
-        run.diverged = not healthy(meter, engine)
-        if not run.diverged:
-            aside(run, meter, "saving", lambda: save(state))
+    if state.step != saver.saved_step and not run.diverged and guard.trouble is None:
+        save()
+        run.diverged = not saver.has_saved(state.step)
+    run.clock.mark("saving")
 
 
 def _stuck(run: Run, meter: Meter, guard: Guard, stream: Stream, go_back: Callable[[], bool]) -> bool:
@@ -131,6 +138,7 @@ def _step(
     blank: Callable[[], tuple[Any, ...]],
     run: Run,
     meter: Meter,
+    saver: Saver,
 ) -> bool:
     """One step; returns whether it is void: this rank was told to stop and left its wait for data.
 
@@ -147,6 +155,8 @@ def _step(
         loss = engine(*(blank() if void else prepare(batch)))
         loss = loss * (math.nan if void else finite_or_nan(loss))
         engine.backward(loss)
+        if engine.is_gradient_accumulation_boundary():
+            saver.before_update()
         engine.step()
         meter.add(loss)
     return void
@@ -208,8 +218,3 @@ def aside(run: Run, meter: Meter, name: str, work: Callable[[], Any]) -> Any:
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-
-
-def healthy(meter: Meter, engine: Any) -> bool:
-    """Whether all ranks' state may be saved: broken weights never are. A collective."""
-    return not dist.any_rank(not meter.healthy(engine))

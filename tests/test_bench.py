@@ -58,6 +58,20 @@ def test_bench_step_runs_through_the_real_loop(tmp_path: Path) -> None:
     assert {name: len(taken) for name, taken in seconds.items()} == {"timm": 2, "ours": 2, "fdscale": 2}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_bench_checkpoint_measures_every_way(tmp_path: Path, ranks: int) -> None:
+    words = ("bench", "checkpoint", "--quick", "--folder", tmp_path, "--json", tmp_path / "checkpoint.json")
+    done = run_cli(*words, "--stage", 2 * ranks - 1, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "checkpoint.json").read_text())
+    assert result["ranks"] == ranks
+    assert result["parameters"] > 500_000
+    assert all(len(taken) == 1 for taken in result["seconds"].values())
+    assert done.stdout.count("| fdscale") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"]
+
+
 def test_photographs_are_jpegs_of_about_the_size_asked_for() -> None:
     files = photographs(6, 120, 90)
     assert len(set(files)) == 6

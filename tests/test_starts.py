@@ -87,6 +87,7 @@ def test_of_many_at_the_same_moment_one_wins(tmp_path: Path, before: str) -> Non
     for process in processes:
         line = process.stdout.readline()
         while not line.startswith(("owner", "refused")):
+            assert line, "it ended without an answer"
             line = process.stdout.readline()
         answers.append(line.split()[0])
         refused = line.startswith("refused")

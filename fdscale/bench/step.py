@@ -36,6 +36,8 @@ from fdscale.assemble import normalise
 from fdscale.engine.guard import Guard
 from fdscale.engine.initialize import initialize
 from fdscale.engine.metrics import Meter, Work
+from fdscale.engine.room import Room
+from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
 from fdscale.models import backbone
 from fdscale.models.layers import initial_value
@@ -190,7 +192,8 @@ def framework(args: dict[str, Any], teacher: Teacher, images: Tensor, folder: Pa
             stop_at=10**9,
             batch_size=batch,
             schedule=lambda step: cosine(step, steps=1000, lr=1e-3),
-            save=lambda state: None,
+            saver=Saver(engine, Room(folder, "bench"), run, {}),
+            save=lambda: None,
             go_back=lambda: False,
             evaluate=dict,
             logging=settings.log,

@@ -1,4 +1,4 @@
-"""Checkpoints that are committed or absent, and that unpickle nothing.
+"""Checkpoints that are committed or absent, and that unpickle nothing: what they are, and reading them.
 
     RUN/checkpoints/latest                 the name of the newest committed checkpoint, replaced atomically
     RUN/checkpoints/step-00000100/
@@ -8,33 +8,26 @@
         trajectory, config
         manifest.json                      size and SHA-256 of every other file, world size, versions
 
-All ranks write under a temporary name and sync; then rank 0 writes the manifest and renames. A directory without the
-temporary name is complete, and its manifest proves it. Every file says which range of each flattened parameter it
-holds, so any number of ranks, at any ZeRO stage, can read what it needs.
+They are written by `fdscale.engine.saver`, in a directory that gets its name when all ranks have written and synced
+(`fdscale.engine.room`): what has a name is complete, and its manifest proves it. Every file says which range of each
+flattened parameter it holds, so any number of ranks, at any ZeRO stage, can read what it needs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from fdscale import UserError, __version__, config, dist
+from fdscale import UserError, dist
+from fdscale.engine import contents
 from fdscale.engine import state as local
-from fdscale.run import write_atomically
-
-FORMAT = 1
-TEMPORARY = ".writing-"
+from fdscale.engine.contents import Damaged
+from fdscale.engine.reader import Reader
 
 
 def name_of(step: int) -> str:
@@ -42,216 +35,29 @@ def name_of(step: int) -> str:
     return f"step-{step:08d}"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Writing
-
-
-def save(
-    engine: Any,
-    folder: Path,
-    *,
-    step: int,
-    samples: int,
-    identity: dict[str, Any],
-    settings: config.Config,
-    keep: int,
-    guard: dict[str, Any] | None = None,
-) -> Path:
-    """Write and commit the checkpoint of a step; a collective. Returns its directory.
-
-    identity: plain data that fixes the trajectory (see `config.trajectory`), compared at resume. guard: see
-    `guard.Guard.state`. Raises UserError where writing fails; what was committed before stays as it was.
-    """
-    final = folder / name_of(step)
-    temporary = folder / f"{TEMPORARY}{name_of(step)}"
-    _together(lambda: _make_room(temporary) if dist.rank() == 0 else None, step, folder)
-    entries = _together(lambda: _write_rank(engine, temporary), step, folder)
-    state = _describe(engine, step, samples, identity, settings) | {"guard": guard or {}}
-    written = [entry for entry in entries if entry]
-    _together(lambda: _commit(engine, temporary, final, written, state) if dist.rank() == 0 else None, step, folder)
-    if dist.rank() == 0:
-        _prune(folder, final, keep)
-    return final
-
-
-def _together(work: Callable[[], Any], step: int, folder: Path) -> list[Any]:
-    """Every rank's result, or the same error on all: a rank that fails alone would leave the others waiting for it."""
-    result, problem = None, ""
-    try:
-        result = work()
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        problem = f"rank {dist.rank()} on {os.uname().nodename}: {type(error).__name__}: {error}"
-    gathered = dist.gather((result, problem))
-    problems = [problem for _, problem in gathered if problem]
-    if problems:
-        raise UserError(
-            f"the checkpoint of step {step} could not be written to {folder} ({problems[0]}); earlier checkpoints are "
-            "intact"
-        )
-    return [result for result, _ in gathered]
-
-
-def _make_room(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-
-
-def _write_rank(engine: Any, temporary: Path) -> dict[str, Any] | None:
-    """Write this rank's file; returns its manifest entry, or None when the rank holds nothing."""
-    tensors: dict[str, Tensor] = {}
-    index: dict[str, list[int]] = {}
-    for part, values in local.read(engine):
-        index[part.name] = [part.start, part.length]
-        tensors.update({f"{key}/{part.name}": value.float().cpu().contiguous() for key, value in values.items()})
-    if dist.rank() == 0:
-        tensors.update(
-            {f"buffer/{name}": buffer.detach().cpu().contiguous() for name, buffer in local.buffers(engine).items()}
-        )
-    if not tensors:
-        return None
-    path = temporary / f"rank-{dist.rank():05d}.safetensors"
-    save_file(tensors, path, metadata={"ranges": json.dumps(index)})
-    _sync(path)
-    return _entry(path)
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {
-            "name": path.name,
-            "bytes": path.stat().st_size,
-            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
-        }
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _describe(
-    engine: Any, step: int, samples: int, identity: dict[str, Any], settings: config.Config
-) -> dict[str, Any]:
-    """The content of state.json."""
-    return {
-        "format": FORMAT,
-        "step": step,
-        "samples": samples,
-        "optimizer_step": local.optimizer_step(engine),
-        "identity": identity,
-        "parameters": {name: list(shape) for name, shape in local.names_and_shapes(engine).items()},
-        "buffers": sorted(local.buffers(engine)),
-        "groups": [
-            {key: group[key] for key in ("names", "lr", "lr_scale", "weight_decay")}
-            for group in engine.optimizer.param_groups
-        ],
-        "config": config.as_dict(settings),
-    }
-
-
-def _commit(engine: Any, temporary: Path, final: Path, entries: list[dict[str, Any]], state: dict[str, Any]) -> None:
-    """Describe what all ranks wrote, and give it its name (rank 0)."""
-    write_atomically(temporary / "state.json", json.dumps(state))
-    manifest = {
-        "format": FORMAT,
-        "files": [*entries, _entry(temporary / "state.json")],
-        "world": dist.world(),
-        "zero_stage": engine.zero_optimization_stage(),
-        "identity": config.digest(state["identity"]),
-        "versions": {"fdscale": __version__, "torch": torch.__version__, "deepspeed": _deepspeed_version()},
-    }
-    write_atomically(temporary / "manifest.json", json.dumps(manifest, indent=1))
-    _sync(temporary)
-    if final.exists():  # the same step again, after a resume from an earlier checkpoint
-        _discard(final)
-    os.replace(temporary, final)
-    _sync(final.parent)
-    write_atomically(final.parent / "latest", final.name + "\n")
-
-
-def _deepspeed_version() -> str:
-    import deepspeed
-
-    return deepspeed.__version__
-
-
-def _prune(folder: Path, newest: Path, keep: int) -> None:
-    """Keep the newest `keep` up to and including the one just written.
-
-    Later steps belong to a future that was abandoned when the run walked back past damaged checkpoints. What cannot be
-    removed stays: the checkpoint itself is written.
-    """
-    present = committed(folder)
-    past = [path for path in present if path.name <= newest.name]
-    with contextlib.suppress(OSError):
-        for old in [*past[keep:], *(path for path in present if path.name > newest.name)]:
-            _discard(old)
-
-
-def _discard(checkpoint: Path) -> None:
-    """Remove a committed directory.
-
-    First out of the namespace, so that a crash in the middle leaves no half under a committed name.
-    """
-    doomed = checkpoint.with_name(f"{TEMPORARY}old-{checkpoint.name}")
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def discard_if(folder: Path, unwanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Remove the checkpoints whose state.json, as far as it can be read, is unwanted (rank 0)."""
-    for path in committed(folder):
-        try:
-            doomed = unwanted(read_state(path))
-        except (UserError, KeyError, TypeError):
-            continue  # damaged: whoever looks for one to load says so
-        if doomed:
-            _discard(path)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted write left behind (rank 0, before training)."""
-    for leftover in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Reading
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def committed(folder: Path) -> list[Path]:
-    """Checkpoint directories, newest first."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), reverse=True)
+    """Checkpoint directories, newest first; what people call otherwise is left alone."""
+    named = (path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir())
+    return sorted(named, key=step_of, reverse=True)
 
 
-def verify(checkpoint: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint directory, or None. contents: also compare the hash of every file.
+def verify(checkpoint: Path, *, hashes: bool = True, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint directory, or None. hashes: also compare the hash of every file.
 
-    share: (i, n) looks at the i-th of every n files only. Raises UserError for one that a newer fdscale wrote: it is
-    not damaged, and must not be walked back past.
+    share: (i, n) looks at the i-th of every n files only, and the first at what they hold together. Raises UserError
+    for one that a newer fdscale wrote: it is not damaged, and must not be walked back past.
     """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        if manifest["format"] > FORMAT:
-            newer = f"it has format {manifest['format']}, and this fdscale {__version__} reads up to {FORMAT}"
-            raise UserError(f"{checkpoint}: {newer}; update fdscale")
-        for entry in manifest["files"][share[0] :: share[1]]:
-            path = checkpoint / Path(entry["name"]).name
-            if not path.is_file():
-                return f"{entry['name']} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{entry['name']} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}"
-            if contents and _entry(path)["sha256"] != entry["sha256"]:
-                return f"the content of {entry['name']} does not match its hash in the manifest"
-    except UserError:
-        raise
-    except FileNotFoundError:
-        return "manifest.json is missing"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json is not readable ({error})"
+        contents.verify_files(checkpoint, hashes=hashes, share=share)
+        if share[0] == 0:
+            Reader(checkpoint).close()
+    except Damaged as damage:
+        return str(damage)
     return None
 
 
@@ -314,10 +120,10 @@ def _from_rank_0(work: Callable[[], Any]) -> Any:
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint. Raises UserError where it is no checkpoint."""
     try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
+        return contents.read_state(checkpoint)
+    except Damaged as damage:
         raise UserError(
-            f"{checkpoint} is not a checkpoint of fdscale ({error}); expected a directory such as "
+            f"{checkpoint} is not a checkpoint of fdscale ({damage}); expected a directory such as "
             "RUN/checkpoints/step-00001000"
         ) from None
 
@@ -326,9 +132,7 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Pa
     """Refuse to continue a run as a different one; names the keys that differ."""
     different = [key for key in sorted(saved.keys() | wanted.keys()) if saved.get(key) != wanted.get(key)]
     if different:
-        lines = "; ".join(
-            f"{key} was {json.dumps(saved.get(key))}, is {json.dumps(wanted.get(key))}" for key in different[:5]
-        )
+        lines = "; ".join(f"{key} was {_show(saved.get(key))}, is {_show(wanted.get(key))}" for key in different[:5])
         more = f" and {len(different) - 5} more" if len(different) > 5 else ""
         raise UserError(
             f"{checkpoint} belongs to another run: {lines}{more}. Take the old values, or start in another --run "
@@ -336,49 +140,9 @@ def check_identity(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Pa
         )
 
 
-class Reader:
-    """Reads ranges of flattened parameters out of the files of a checkpoint, whatever ranks wrote them."""
-
-    def __init__(self, checkpoint: Path):
-        self.state = read_state(checkpoint)
-        names = sorted(entry["name"] for entry in json.loads((checkpoint / "manifest.json").read_text())["files"])
-        self._files = [safe_open(checkpoint / name, "pt") for name in names if name.startswith("rank-")]
-        self._where: dict[str, list[tuple[int, int, Any]]] = {}
-        for file in self._files:
-            for name, (start, length) in json.loads(file.metadata()["ranges"]).items():
-                self._where.setdefault(name, []).append((start, length, file))
-
-    def fetch(self, part: local.Range, key: str) -> Tensor:
-        """The elements of one range as a flat float32 CPU tensor.
-
-        Raises UserError where the checkpoint does not cover it.
-        """
-        out = torch.empty(part.length)
-        missing = part.length
-        for start, length, file in self._where.get(part.name, ()):
-            begin, end = max(start, part.start), min(start + length, part.start + part.length)
-            if begin < end:
-                piece = file.get_slice(f"{key}/{part.name}")[begin - start : end - start]
-                out[begin - part.start : end - part.start] = piece
-                missing -= end - begin
-        if missing:
-            raise UserError(f"the checkpoint holds no {key} for {missing} of {part.length} elements of {part.name}")
-        return out
-
-    def full(self, name: str, key: str = "fp32") -> Tensor:
-        """A whole parameter."""
-        shape = tuple(self.state["parameters"][name])
-        return self.fetch(local.Range(name, shape, 0, torch.Size(shape).numel()), key).view(shape)
-
-    def parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """All parameters, one at a time."""
-        for name in self.state["parameters"]:
-            yield name, self.full(name)
-
-    def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """All persistent buffers."""
-        for name in self.state["buffers"]:
-            yield name, self._files[0].get_tensor(f"buffer/{name}")
+def _show(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def load(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> tuple[int, int]:
@@ -386,30 +150,50 @@ def load(engine: Any, checkpoint: Path, identity: dict[str, Any]) -> tuple[int, 
 
     Raises UserError where it belongs to another trajectory, or where anything in it would be dropped.
     """
-    reader = Reader(checkpoint)
-    saved = reader.state
+    saved = read_state(checkpoint)
     check_identity(saved["identity"], identity, checkpoint)
-    shapes = {name: list(shape) for name, shape in local.names_and_shapes(engine).items()}
-    if shapes != saved["parameters"]:
-        differing = sorted(
-            name
-            for name in shapes.keys() | saved["parameters"].keys()
-            if shapes.get(name) != saved["parameters"].get(name)
-        )
-        raise UserError(
-            f"{checkpoint} has other parameters than this model: {', '.join(differing[:5])} ({len(differing)} in all)"
-        )
-    groups = {name: (g["lr_scale"], g["weight_decay"]) for g in saved["groups"] for name in g["names"]}
+    check_fit(saved, local.describe(engine), checkpoint)
+    try:
+        with contextlib.closing(Reader(checkpoint)) as reader:
+            local.write(engine, reader.fetch, saved["optimizer_step"])
+            own = local.buffers(engine)
+            for name, value in reader.buffers():
+                own[name].copy_(value)
+    except Damaged as damage:
+        raise UserError(f"{checkpoint}: {damage}") from None
     for group in engine.optimizer.param_groups:
-        for name in group["names"]:
-            assert groups[name] == (group["lr_scale"], group["weight_decay"]), (
-                f"{name} changed its group without a change of the config"
-            )
-    local.write(engine, reader.fetch, saved["optimizer_step"])
-    own = local.buffers(engine)
-    for name, value in reader.buffers():
-        own[name].copy_(value)
+        group["lr"] = next((old["lr"] for old in saved["groups"] if old["names"] == group["names"]), group["lr"])
     engine.global_steps = saved["step"]
     engine.global_samples = saved["samples"]
     engine.micro_steps = saved["step"] * engine.gradient_accumulation_steps()
     return saved["step"], saved["samples"]
+
+
+def check_fit(saved: dict[str, Any], own: dict[str, Any], checkpoint: Path) -> None:
+    """Refuse what an engine (`state.describe`) would drop of a checkpoint, or would not find there, by name."""
+    kinds = {
+        "parameters": (saved["parameters"], own["parameters"]),
+        "frozen parameters": (dict.fromkeys(saved["frozen"]), dict.fromkeys(own["frozen"])),
+        "buffers": (dict.fromkeys(saved["buffers"]), dict.fromkeys(own["buffers"])),
+        "vectors of each parameter": (dict.fromkeys(saved["keys"]), dict.fromkeys(own["keys"])),
+        "groups of parameters": (_by_parameter(saved["groups"]), _by_parameter(own["groups"])),
+    }
+    for kind, (there, here) in kinds.items():
+        different = [_difference(name, there, here) for name in sorted(there.keys() | here.keys())]
+        different = [what for what in different if what]
+        if different:
+            more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+            raise UserError(f"{checkpoint} has other {kind} than this model: {'; '.join(different[:5])}{more}")
+
+
+def _difference(name: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+    if name not in here:
+        return f"{name} is there alone"
+    if name not in there:
+        return f"{name} is here alone"
+    return f"{name} is {_show(there[name])} there and {_show(here[name])} here" if there[name] != here[name] else ""
+
+
+def _by_parameter(groups: list[dict[str, Any]]) -> dict[str, Any]:
+    kept = ("lr_scale", "weight_decay")
+    return {name: {key: group[key] for key in kept} for group in groups for name in group["names"]}

@@ -58,7 +58,7 @@ def read(path: str | None) -> dict[str, Any]:
         raise UserError(f"{path}: no such ds_config file; examples are in ds_configs/")
     try:
         ds = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     if not isinstance(ds, dict):
         raise UserError(f"{path}: a ds_config is a JSON object, got {type(ds).__name__}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fdscale import UserError, keys
-from fdscale.run import write_atomically
+from fdscale.starts import write_atomically
 
 LEAST = 10  # losses that make a median; with fewer, or less than a window of this size, there is no spike
 
@@ -97,7 +97,7 @@ class Detours:
             self.taken = [{**one, **{key: int(one[key]) for key in ("back_to", "at", "to")}} for one in told]
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"{self.path} is not readable ({error}); it says which samples this run leaves out"
             ) from None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from fdscale import UserError, dist
-from fdscale.engine import ds_config
+from fdscale.engine import ds_config, ema
 from fdscale.engine.ds_config import accumulation, bf16, offloaded, stage
 from fdscale.engine.optim import adamw, param_groups
 
@@ -93,10 +93,12 @@ def initialize(
     clip_grad: float,
     layer_decay: float,
     fused: str = "auto",
+    average: float | None = None,
 ) -> Any:
     """Materialise a module that lives on the meta device and hand it to DeepSpeed.
 
     initial(name, shape) gives a parameter's first value as a float32 CPU tensor; it must not depend on the rank.
+    average: decay of the moving average of the weights (`engine.ema`); None: none is kept.
     Returns DeepSpeed's own engine; its optimizer has the groups of `engine.optim.param_groups`.
     """
     prepare_environment(offloaded(ds))
@@ -132,6 +134,8 @@ def initialize(
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     if stage(ds) == 0 and dist.world() == 1:
         engine.enable_backward_allreduce = False  # nothing to reduce, and it would copy every gradient twice
+    if average is not None:
+        ema.keep(engine, average)
     return engine
 
 

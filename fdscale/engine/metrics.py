@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fdscale import dist
-from fdscale.engine.state import finite
 
 # Dense bf16 peak of one GPU in FLOP/s, by a part of its name; vendors' data sheets, without sparsity. Longer names
 # first.
@@ -61,7 +60,7 @@ class Meter:
     def _reset(self) -> None:
         self._loss: Tensor | None = None
         self._losses = self._steps = 0
-        self._data_wait_s = 0.0
+        self._data_wait_s = self._save_stall_s = 0.0
         self._start = time.perf_counter()
 
     def restart(self) -> None:
@@ -91,6 +90,11 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training (evaluation, saving)."""
         self._start += seconds
+
+    def stall(self, seconds: float) -> None:
+        """Account time that training waited for saves; it counts as time aside, too."""
+        self._save_stall_s += seconds
+        self.pause(seconds)
 
     def end_step(self, applied: bool | Tensor, *, void: bool = False) -> None:
         """Close a step; applied: whether the weights were updated, a tensor where only the device knows.
@@ -124,10 +128,6 @@ class Meter:
             known.append((loss, bool(applied), void))
         return known
 
-    def healthy(self, engine: Any) -> bool:
-        """Whether what this rank holds of the training state may be saved: all of it is finite."""
-        return finite(engine)
-
     def read(self, engine: Any) -> dict[str, Any]:
         """The interval's record, averaged over ranks where ranks differ, and a new interval. A collective."""
         assert self._loss is not None
@@ -143,6 +143,7 @@ class Meter:
             "images_per_s_per_gpu": rate / dist.world(),
             "step_s": elapsed_s / self._steps,
             "data_wait_s": self._data_wait_s / self._steps,
+            "save_stall_s": self._save_stall_s,
             "mem_gib": memory_gib(),
         }
         if self._peak is not None:

@@ -1,8 +1,9 @@
 """What a rank holds of the training state, under every ZeRO stage: the one place that knows where DeepSpeed keeps it.
 
-The state of a parameter is three flat float32 vectors: its master weights and the two Adam moments. A rank holds a
-range of each: everything at stage 0 (rank 0 speaks for all), a partition at stages 1, 2 and 3. `read` yields the
-ranges; `write` puts values back and refreshes the working-precision weights. Nothing here touches files.
+The state of a parameter is a few flat float32 vectors: its master weights, the two Adam moments, and where one is kept
+the average of the weights (`fdscale.engine.ema`); of a frozen parameter its weights alone. A rank holds a range of
+each: everything at stage 0 (rank 0 speaks for all), a partition at stages 1, 2 and 3. `read` yields the ranges; `write`
+puts values back and refreshes the working-precision weights. Nothing here touches files.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from torch import Tensor
 from fdscale import UserError, dist
 
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
+FROZEN_KEYS = ("fp32",)
+EMA = "ema"
 
 
 class Range(NamedTuple):
@@ -27,11 +30,15 @@ class Range(NamedTuple):
     length: int
 
 
+def keys(engine: Any) -> tuple[str, ...]:
+    """The vectors that are kept of a trained parameter."""
+    averaged = any(EMA in kept for kept in base_optimizer(engine).state.values())
+    return (*KEYS, EMA) if averaged else KEYS
+
+
 def names_and_shapes(engine: Any) -> dict[str, tuple[int, ...]]:
-    """Full shapes of all trainable parameters, by name."""
-    return {
-        name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters() if p.requires_grad
-    }
+    """Full shapes of all parameters, by name."""
+    return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
 
 
 def buffers(engine: Any) -> dict[str, Tensor]:
@@ -40,26 +47,35 @@ def buffers(engine: Any) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in engine.module.named_buffers() if name in persistent}
 
 
+def describe(engine: Any) -> dict[str, Any]:
+    """What there is besides the vectors, as plain data: what a checkpoint must have in common with an engine."""
+    return {
+        "optimizer_step": optimizer_step(engine),
+        "keys": list(keys(engine)),
+        "parameters": {name: list(shape) for name, shape in names_and_shapes(engine).items()},
+        "frozen": sorted(name for name, p in engine.module.named_parameters() if not p.requires_grad),
+        "buffers": sorted(buffers(engine)),
+        "groups": [
+            {key: group[key] for key in ("names", "lr", "lr_scale", "weight_decay")}
+            for group in engine.optimizer.param_groups
+        ],
+    }
+
+
 def _stage(engine: Any) -> int:
     return engine.zero_optimization_stage()
 
 
 def ranges(engine: Any, *, owned: bool = True) -> Iterator[tuple[Range, Any]]:
-    """This rank's ranges. owned: only those this rank speaks for (at stage 0, rank 0 speaks for all ranks)."""
+    """This rank's ranges. owned: only those this rank speaks for (rank 0 speaks for all of what all hold whole)."""
     stage = _stage(engine)
     for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
         if stage == 3:
-            part = (
-                parameter.ds_tensor.ds_numel
-                if hasattr(parameter.ds_tensor, "ds_numel")
-                else parameter.ds_tensor.numel()
-            )
+            part = parameter.ds_tensor.numel()
             start = min(dist.rank() * part, parameter.ds_numel)
             length = min(part, parameter.ds_numel - start)  # the last partitions are padded
             shape = tuple(parameter.ds_shape)
-        elif stage:
+        elif stage and parameter.requires_grad:
             mapping = parameter._hp_mapping
             shape = tuple(parameter.shape)
             start, length = (
@@ -76,26 +92,45 @@ def ranges(engine: Any, *, owned: bool = True) -> Iterator[tuple[Range, Any]]:
 
 
 def read(engine: Any) -> Iterator[tuple[Range, dict[str, Tensor]]]:
-    """The owned ranges with their three vectors (views where possible; on the device where DeepSpeed keeps them)."""
-    stage = _stage(engine)
-    for part, parameter in ranges(engine):
-        if stage == 3:
-            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+    """The owned ranges with their float32 vectors: views, on the device where DeepSpeed keeps them.
 
-            values = [
-                safe_get_local_fp32_param(parameter),
-                *(safe_get_local_optimizer_state(parameter, key) for key in KEYS[1:]),
-            ]
-            yield part, {key: value.detach()[: part.length] for key, value in zip(KEYS, values, strict=True)}
-        elif stage:
-            yield part, {key: _fragment(engine, parameter, key) for key in KEYS}
-        else:
-            moments = engine.optimizer.state.get(parameter)
-            if not moments:
-                raise UserError(
-                    f"the parameter {part.name} never received a gradient, so it has no optimizer state to save"
-                )
-            yield part, {"fp32": parameter.detach().flatten(), **{key: moments[key].flatten() for key in KEYS[1:]}}
+    Nothing changes them but the optimizer, at the last micro-batch of a step. Frozen weights of another precision are
+    copies. Raises UserError where there is nothing to save.
+    """
+    if not any(KEYS[1] in kept for kept in base_optimizer(engine).state.values()):
+        create_moments(engine, 0)  # no update was made yet, or all were skipped
+    trained = keys(engine)
+    for part, parameter in ranges(engine):
+        wanted = trained if parameter.requires_grad else FROZEN_KEYS
+        yield part, {key: _vector(engine, part, parameter, key)[: part.length].float() for key in wanted}
+
+
+def _vector(engine: Any, part: Range, parameter: Any, key: str) -> Tensor:
+    """Where DeepSpeed keeps a vector of this rank's part of a parameter, as a view; at stage 3 with its padding."""
+    stage = _stage(engine)
+    if not parameter.requires_grad:
+        return (parameter.ds_tensor if stage == 3 else parameter).detach().view(-1)
+    if stage == 3:
+        return _partition(parameter, key)
+    if stage:
+        return _fragment(engine, parameter, key)
+    if key == "fp32":
+        return parameter.detach().view(-1)
+    moments = engine.optimizer.state.get(parameter)
+    if not moments:
+        raise UserError(f"the parameter {part.name} never received a gradient, so it has no optimizer state to save")
+    return moments[key].view(-1)
+
+
+def _partition(parameter: Any, key: str) -> Tensor:
+    """A parameter's part of its flat group at stage 3, as a view.
+
+    DeepSpeed's public way (0.19.8, `safe_get_local_fp32_param`) takes the same and copies it to the accelerator, also
+    where it was offloaded to the host.
+    """
+    name = None if key == "fp32" else key
+    value, _ = parameter._z3_optimizer._get_fp32_opt_state_partition(parameter, True, name)
+    return value.detach()
 
 
 def finite(engine: Any) -> bool:
@@ -105,45 +140,41 @@ def finite(engine: Any) -> bool:
 
 def write(engine: Any, fetch: Callable[[Range, str], Tensor], optimizer_step: int) -> None:
     """Overwrite this rank's ranges with fetch(range, key) -> flat float32 tensor, then refresh the working weights."""
-    stage = _stage(engine)
-    _create_moments(engine, optimizer_step)
+    create_moments(engine, optimizer_step)
+    trained = keys(engine)
     for part, parameter in ranges(engine, owned=False):
-        for key in KEYS:
-            value = fetch(part, key)
-            if stage == 3:
-                _write_stage3(parameter, key, value)
-            elif stage:
-                _fragment(engine, parameter, key).copy_(value)
-            else:
-                target = parameter.detach() if key == "fp32" else engine.optimizer.state[parameter][key]
-                target.view(-1).copy_(value)
-    _refresh(engine)
-
-
-def _write_stage3(parameter: Any, key: str, value: Tensor) -> None:
-    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
-    padded = torch.zeros(parameter.ds_tensor.numel(), dtype=torch.float32)
-    padded[: value.numel()] = value
-    if key == "fp32":
-        safe_set_local_fp32_param(parameter, padded)
-    else:
-        safe_set_local_optimizer_state(parameter, padded, key)
+        for key in trained if parameter.requires_grad else FROZEN_KEYS:
+            target = _vector(engine, part, parameter, key)
+            target[: part.length].copy_(fetch(part, key))
+            target[part.length :].zero_()
+    refresh(engine)
 
 
 def optimizer_step(engine: Any) -> int:
     """How many updates AdamW has made (its bias correction), 0 before the first."""
-    base = _base_optimizer(engine)
-    steps = {int(holder["step"]) for holder in (*base.state.values(), *base.param_groups) if "step" in holder}
-    assert len(steps) <= 1, f"parameters disagree on the number of updates: {sorted(steps)}"
+    base = base_optimizer(engine)
+    counts = [holder["step"] for holder in (*base.state.values(), *base.param_groups) if "step" in holder]
+    # As one tensor: the host waits for the device once, not for each parameter.
+    steps = {int(count) for count in torch.stack([torch.as_tensor(c) for c in counts]).tolist()} if counts else set()
+    if len(steps) > 1:  # at stage 0: at the others AdamW knows of no parameters
+        late = [
+            name
+            for name, p in engine.module.named_parameters()
+            if p in base.state and int(base.state[p]["step"]) < max(steps)
+        ]
+        raise UserError(
+            f"the parameter {late[0]} did not receive a gradient at every step ({len(late)} in all), so there is no "
+            "one number of updates to save"
+        )
     return steps.pop() if steps else 0
 
 
-def _base_optimizer(engine: Any) -> Any:
+def base_optimizer(engine: Any) -> Any:
+    """AdamW itself."""
     return engine.optimizer.optimizer if _stage(engine) else engine.optimizer
 
 
-def _masters(engine: Any) -> list[Tensor]:
+def masters(engine: Any) -> list[Tensor]:
     """The tensors that AdamW itself updates."""
     stage = _stage(engine)
     if stage == 3:
@@ -154,13 +185,13 @@ def _masters(engine: Any) -> list[Tensor]:
     return [p for group in engine.optimizer.param_groups for p in group["params"]]
 
 
-def _create_moments(engine: Any, step: int) -> None:
+def create_moments(engine: Any, step: int) -> None:
     """AdamW creates its state at the first step; a resumed run needs it before."""
-    base = _base_optimizer(engine)
+    base = base_optimizer(engine)
     per_group = type(base).__module__.startswith("apex")  # counts updates per group, the others per parameter
     for group in base.param_groups if per_group else ():
         group["step"] = step
-    for master in _masters(engine):
+    for master in masters(engine):
         state = base.state[master]
         if isinstance(base, torch.optim.AdamW):
             state["step"] = torch.tensor(float(step), device=master.device)
@@ -179,20 +210,18 @@ def _fragment(engine: Any, parameter: Any, key: str) -> Tensor:
     the addresses are right.
     """
     mapping = parameter._hp_mapping
-    master = _masters(engine)[mapping.param_group_index]
-    flat = master if key == "fp32" else _base_optimizer(engine).state[master][key]
+    master = masters(engine)[mapping.param_group_index]
+    flat = master if key == "fp32" else base_optimizer(engine).state[master][key]
     return flat.detach().narrow(0, mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel)
 
 
-def _refresh(engine: Any) -> None:
+def refresh(engine: Any) -> None:
     """Copy master weights into the working weights, on all ranks."""
     stage, optimizer = _stage(engine), engine.optimizer
     if stage == 3:
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        optimizer.checkpoint_event_prologue()  # whatever is gathered goes, also what a forward alone has left
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        optimizer.checkpoint_event_epilogue()  # what stays gathered is gathered anew
     elif stage:
         optimizer.update_lp_params()

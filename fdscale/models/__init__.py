@@ -28,7 +28,7 @@ def backbone(model: str, args: Mapping[str, Any], where: str = "student.args") -
         _check(name, value, f"{where}.{name}")
     try:
         return build(**args)
-    except (TypeError, ValueError, AssertionError) as error:
+    except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: {model} cannot be built: {error}") from error

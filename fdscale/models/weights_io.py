@@ -139,7 +139,7 @@ def _indexed(index: Path) -> dict[str, set[str] | None]:
         shards: dict[str, set[str] | None] = {
             file: {name for name, inside in weight_map.items() if inside == file} for file in weight_map.values()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: not an index of shards ({error}). Expected JSON with a `weight_map`.") from error
     for file in shards:
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):

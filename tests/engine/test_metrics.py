@@ -9,18 +9,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fdscale.engine import metrics
 from fdscale.engine.metrics import Meter, Work, peak_flops
 
 WORK = Work(student=300, teacher=50, recomputed=100)
-
-
-@pytest.fixture(autouse=True)
-def weights(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
-    """Stands for a real engine's weights, which tests/engine/test_checkpoint.py and tests/test_cli.py look at."""
-    state = {"finite": True}
-    monkeypatch.setattr(metrics, "finite", lambda engine: state["finite"])
-    return state
 
 
 def engine() -> SimpleNamespace:
@@ -38,8 +29,10 @@ def test_record_of_an_interval() -> None:
             meter.add(torch.tensor(value))
         meter.end_step(applied=True)
     time.sleep(0.05)
-    meter.pause(0.04)
+    meter.pause(0.02)
+    meter.stall(0.02)
     record = meter.read(engine())
+    assert record["save_stall_s"] == 0.02
     assert record["loss"] == 3.0
     assert (record["lr"], record["grad_norm"]) == (0.2, 0.5)
     assert record["step_s"] * record["images_per_s"] == pytest.approx(32)
@@ -81,13 +74,6 @@ def test_the_fate_of_each_step_is_told_once() -> None:
     meter.restart()
     assert meter.steps == 0
     assert meter.verdicts() == []
-
-
-def test_broken_weights_are_never_saved(weights: dict[str, bool]) -> None:
-    meter = Meter(8, WORK, None)
-    assert meter.healthy(engine())
-    weights["finite"] = False
-    assert not meter.healthy(engine())
 
 
 def test_no_peak_without_a_known_gpu() -> None:

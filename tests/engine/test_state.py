@@ -47,6 +47,9 @@ def test_state_moves_bitwise_under_every_stage() -> None:
             assert result["losses"], where
             assert result["state"], where
             assert result["covered"], where
+            assert result["saved"], where
+            assert all(result["swapped"]), where
+            assert result["average"] <= (2e-2 if "bf16" in result["case"] else 2e-6), where
             assert result["updates"] == 3, where
             reference = reference or result["norms"]
             tolerance = 2e-2 if "bf16" in result["case"] else 1e-5
@@ -60,4 +63,6 @@ def test_state_moves_bitwise_with_the_optimizer_on_the_host() -> None:
     assert result["losses"]
     assert result["state"]
     assert result["covered"]
+    assert result["saved"]
+    assert all(result["swapped"])
     assert result["updates"] == 3

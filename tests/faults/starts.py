@@ -42,8 +42,12 @@ class Starts:
         more: Sequence[str] = (),
         options: Sequence[str] = (),
         precision: Mapping[str, object] | None = None,
+        only: int | None = None,
     ) -> list[int]:
-        """Start it, or go on with it; the ranks' process numbers. env: of all, such as a fault. more: settings."""
+        """Start it, or go on with it; the ranks' process numbers.
+
+        env: such as a fault, of all ranks, or of the one that is given as `only`. more: settings.
+        """
         ds = self.folder / f"zero{stage}.json"
         ds.write_text(json.dumps({"zero_optimization": {"stage": stage}, **(precision or {})}))
         words = [
@@ -57,7 +61,10 @@ class Starts:
             *options,
         ]
         each = ranks(free_port(), world) if world > 1 else [{}]
-        return [self.zygote.start(words, self.output(run), {**own, **(env or {})}) for own in each]
+        theirs = [dict(env or {}) if only in (None, rank) else {} for rank in range(world)]
+        return [
+            self.zygote.start(words, self.output(run), {**own, **its}) for own, its in zip(each, theirs, strict=True)
+        ]
 
     def end(self, pids: list[int]) -> list[int]:
         """Their exit codes, when all have ended; as launchers do, the others are killed when one has died."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 class Teacher(nn.Module):
     """One constant and a little of the image: soon learnt. FAULT: nan, spike or slow; FAULT_CALLS: first-last;
-    FAULT_RANK; FAULT_MARK: a file made at the first such call."""
+    FAULT_RANK; FAULT_MARK: a file made at the first such call; FAULT_HOLD: slow lasts as long as this file is there."""
 
     width = 24
 
@@ -39,4 +39,6 @@ class Teacher(nn.Module):
             Path(os.environ["FAULT_MARK"]).touch()
         if self.kind == "slow":
             time.sleep(0.5)
+            while "FAULT_HOLD" in os.environ and Path(os.environ["FAULT_HOLD"]).exists():
+                time.sleep(0.01)
         return {"nan": calm * math.nan, "spike": -5 * calm + tokens, "slow": calm}[self.kind]

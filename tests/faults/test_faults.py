@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import random
 import shutil
+import subprocess
 import time
 from pathlib import Path
 
@@ -25,11 +27,11 @@ SEED = 0
 KINDS = {"kill": "kill -9 before a change of a file", "torn": "kill -9 in the middle of a write"}
 
 
-def changes(starts: Starts, world: int = 1) -> int:
-    """How many changes of files a whole start makes below its run directory."""
+def changes(starts: Starts, world: int = 1, below: str = "") -> int:
+    """How many changes of files a whole start makes below its run directory, or a folder of it."""
     run, count = starts.new(), starts.folder / "count"
     count.unlink(missing_ok=True)
-    assert starts.run(run, {"FAULT_BELOW": str(run), "FAULT_COUNT": str(count)}, world) == [0] * world
+    assert starts.run(run, {"FAULT_BELOW": str(run / below), "FAULT_COUNT": str(count)}, world) == [0] * world
     return int(count.read_text())
 
 
@@ -38,13 +40,16 @@ def instants(total: int, short: int) -> list[int]:
     return list(range(1, total + 1)) if LONG else sorted(random.Random(SEED).sample(range(1, total + 1), short))
 
 
-def went_on(starts: Starts, run: Path, kind: str, figures: Figures, world: int = 1) -> None:
-    """Whatever ended the run: little is lost, the same command goes on, and the end is the same."""
+def went_on(starts: Starts, run: Path, kind: str, figures: Figures, world: int = 1, at_most: int = 2 * EVERY) -> None:
+    """Whatever ended the run: little is lost, the same command goes on, and the end is the same.
+
+    at_most: steps that may have to be done again. A save is under way while the next steps are trained, so these are
+    two intervals.
+    """
     figures.tried[kind] += 1
     figures.failed[kind] += 1  # until shown otherwise
     before, done = newest(run), trained(run)
-    # A save is under way while the next steps are trained, so two intervals may be lost, never more.
-    assert done - before < 2 * EVERY, f"step {done} was trained, and the newest valid checkpoint is of step {before}"
+    assert done - before <= at_most, f"step {done} was trained, and the newest valid checkpoint is of step {before}"
     figures.lost_steps.setdefault(kind, []).append(done - before)
     assert starts.run(run, world=world) == [0] * world, starts.output(run).read_text()
     starts.same(run, world)
@@ -104,7 +109,46 @@ def test_a_disk_that_fails(starts: Starts, figures: Figures, error: str, lasting
         assert code in ([0], [2]), said
         if code == [2]:
             assert "fdscale: " in said, said
-        went_on(starts, run, f"{error} {'from a change on' if lasting else 'at a change'}", figures)
+        kind = f"{error} {'from a change on' if lasting else 'at a change'}"
+        went_on(starts, run, kind, figures, at_most=STEPS if lasting else 2 * EVERY)  # while it lasts, nothing is saved
+
+
+def test_a_disk_that_is_really_full(starts: Starts, figures: Figures) -> None:
+    """There is room for one checkpoint and a half: the first is saved, no other; with more room all goes on."""
+    sizes = [path.stat().st_size for path in (starts.whole() / "checkpoints" / f"step-{STEPS:08d}").iterdir()]
+    run = starts.new()
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={sum(sizes) * 3 // 2}", "tmpfs", str(run)]
+    if os.getuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small file system can only be mounted as root")
+    try:
+        assert starts.run(run) == [2], starts.output(run).read_text()
+        said = starts.output(run).read_text()
+        assert said.count("No space left on device") >= 2, said
+        assert f"the last good checkpoint is {run}/checkpoints/step-{EVERY:08d}" in said
+        assert newest(run) == EVERY
+        subprocess.run(["mount", "-o", "remount,size=1g", str(run)], check=True)
+        assert starts.run(run) == [0], starts.output(run).read_text()
+        starts.same(run)
+        figures.tried["full disk"] += 1
+    finally:
+        subprocess.run(["umount", "-l", str(run)], check=True)
+
+
+def test_a_disk_that_fails_on_one_rank(starts: Starts, figures: Figures) -> None:
+    """The save is given up on both, its files are gone, and training goes on."""
+    run = starts.new()
+    fault = {"FAULT_BELOW": str(run / "checkpoints"), "FAULT_AT": "2", "FAULT_DO": str(errno.EDQUOT)}
+    pids = starts.begin(run, fault, world=2, stage=3, more=("save.keep=9",), only=1)
+    assert starts.end(pids) == [0, 0], starts.output(run).read_text()
+    said = starts.output(run).read_text()
+    assert said.count("could not be written") == 1, said
+    assert f"the checkpoint of step {EVERY} could not be written" in said
+    assert "(rank 1 on " in said
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert left == {"latest", *(f"step-{step:08d}" for step in range(2 * EVERY, STEPS + 1, EVERY))}
+    starts.same(run, world=2, stage=3)
+    figures.tried["EDQUOT on one rank"] += 1
 
 
 @pytest.mark.parametrize("jump_s", [-10_000_000, 10_000_000])

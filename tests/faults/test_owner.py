@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 from test_resume import losses, samples
 
+from faults.conftest import Figures
 from faults.starts import STEPS, Starts
+from faults.test_faults import changes, instants
 from faults.test_guard import TEACHER, equal, records
 from fdscale import runs
 from fdscale.starts import path_of, read
@@ -46,8 +48,10 @@ def below(folder: Path) -> dict[str, tuple[int, int]]:
 def test_the_stale_one_is_fenced(starts: Starts, world: int, stage: int) -> None:
     run = starts.new()
     said = lambda: starts.output(run).read_text()  # noqa: E731
-    stale = starts.begin(run, SLOW, world, stage, TEACHER)
+    held = starts.folder / "held"
+    stale = starts.begin(run, SLOW | {"FAULT_HOLD": str(held)}, world, stage, TEACHER)
     wait_for(lambda: (run / "checkpoints" / "latest").exists(), said)
+    held.touch()  # it must live until the other one has looked, however long that takes
     assert look(run)["state"] == "running"
 
     assert set(starts.run(run, {"SLURM_JOB_ID": "43"}, world, stage, TEACHER)) == {2}
@@ -58,6 +62,7 @@ def test_the_stale_one_is_fenced(starts: Starts, world: int, stage: int) -> None
     assert starts.run(run, REQUEUED, world, stage, TEACHER) == [0] * world, said()
     assert "taken over from restart 0 of this Slurm job" in said()
     before = below(run / "checkpoints")
+    held.unlink()
     for pid in stale:
         os.kill(pid, signal.SIGCONT)
     assert starts.end(stale) == [76] * world, said()
@@ -98,3 +103,25 @@ def test_time_to_the_first_step_is_told_and_kept(starts: Starts) -> None:
     assert row["steps"] == STEPS
     assert row["loss"] == records(run)[-1]["loss"]
     assert json.loads(json.dumps(row)) == row
+
+
+def test_stopped_at_any_change_it_changes_nothing_more(starts: Starts, figures: Figures) -> None:
+    """Asleep just before a change below checkpoints/, taken over by a requeue that finishes, and awake again."""
+    for at in instants(changes(starts, below="checkpoints"), 6):
+        run = starts.new()
+        fault = {"FAULT_BELOW": str(run / "checkpoints"), "FAULT_AT": str(at), "FAULT_DO": "stop"}
+        (stale,) = starts.begin(run, {**fault, "SLURM_JOB_ID": "42"})
+        said = lambda run=run: starts.output(run).read_text()  # noqa: E731
+        wait_for(lambda pid=stale: starts.zygote.code(pid) is not None or state_of(pid) == "T", said)
+        if starts.zygote.code(stale) is None:
+            assert starts.run(run, REQUEUED) == [0], said()
+            before = below(run / "checkpoints")
+            os.kill(stale, signal.SIGCONT)
+            assert starts.end([stale])[0] in (76, 0), said()  # 0: nothing was left to save
+            assert below(run / "checkpoints") == before, (at, said())
+            figures.tried["asleep at a change of a checkpoint, and taken over"] += 1
+        starts.same(run)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

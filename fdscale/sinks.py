@@ -1,0 +1,100 @@
+"""Where a run's records go: metrics.jsonl, TensorBoard, Weights & Biases, and a line for the console.
+
+Each sink has write(record) and close().
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from pathlib import Path
+from typing import Any
+
+from fdscale.starts import write_atomically
+
+LINE = (
+    ("loss", "loss {:.4f}"),
+    ("heldout_loss", "held-out {:.4f}"),
+    ("heldout_trivial", "(constant predictor {:.4f})"),
+    ("lr", "lr {:.2e}"),
+    ("grad_norm", "grad norm {:.3f}"),
+    ("images_per_s", "{:.1f} images/s"),
+    ("data_wait_s", "data wait {:.3f} s"),
+    ("mfu", "MFU {:.1%}"),
+    ("mem_gib", "{:.2f} GiB"),
+    ("skipped", "{:d} skipped"),
+    ("lost", "{:d} replaced"),
+)
+
+
+class JsonLines:
+    """metrics.jsonl: one record a line; non-finite numbers become null."""
+
+    def __init__(self, path: Path):
+        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = path.open("a", buffering=1)
+        if torn:  # a crash cut the last line; the next one must not become part of it
+            self._file.write("\n")
+
+    def write(self, values: dict[str, Any]) -> None:
+        finite = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        self._file.write(json.dumps(finite) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Every number as a curve."""
+
+    def __init__(self, directory: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, values: dict[str, Any]) -> None:
+        for key, value in values.items():
+            if key != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(key, value, values["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; a resumed run goes on in its own record there."""
+
+    def __init__(self, project: str, directory: Path, settings: dict[str, Any]):
+        import wandb
+
+        known = directory / "wandb-id"  # directory names repeat; the id of a run must not
+        if not known.exists():
+            write_atomically(known, secrets.token_hex(8))
+        self._run = wandb.init(
+            project=project,
+            dir=str(directory),
+            name=directory.name,
+            config=settings,
+            resume="allow",
+            id=known.read_text().strip(),
+        )
+
+    def write(self, values: dict[str, Any]) -> None:
+        self._run.log(values, step=values["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def line_of(values: dict[str, Any]) -> str:
+    """A record for the console."""
+    shown = [
+        form.format(values[key])
+        for key, form in LINE
+        if values.get(key) is not None and not (key in ("skipped", "lost") and values[key] == 0)
+    ]
+    return f"step {values['step']}  " + "  ".join(shown)
