@@ -279,7 +279,8 @@ class Start:
             self._withdrawn = True
             path_of(self.directory, self.number).unlink()
             for folder in ("starts", "checkpoints", ""):
-                (self.directory / folder).rmdir()
+                with contextlib.suppress(FileNotFoundError):
+                    (self.directory / folder).rmdir()
 
     def _live(self) -> None:
         while not self._ending.wait(BEAT_S):

@@ -71,6 +71,7 @@ class Bench:
         args = {"img_size": SIZE, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": width // 64}
         with torch.device("meta"):
             module = Distiller(backbone("vit", args), WIDTH)
+            target = module.predict(torch.empty(batch, 3, SIZE, SIZE))
         self.engine = initialize(
             module,
             lambda name, shape: initial_value(module, name, shape, torch.float32, 0),
@@ -88,8 +89,7 @@ class Bench:
         self._saver = Saver(self.engine, open_room(folder / "checkpoints", "bench"), self._run, {})
         dtype = next(self.engine.module.parameters()).dtype
         self._images = torch.randn(batch, 3, SIZE, SIZE, device=dist.device(), dtype=dtype)
-        with torch.no_grad():
-            self._target = torch.randn_like(self.engine.module.predict(self._images))
+        self._target = torch.randn(target.shape, device=dist.device(), dtype=dtype)
         self._saves = 0
 
     def step(self) -> None:
