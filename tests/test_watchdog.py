@@ -28,27 +28,29 @@ folder, kind, late = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 dist.init()
 dog = watchdog.Watchdog(float(sys.argv[4]), folder, lambda code, why: print("ended", code, why, flush=True))
 dog.start()
-for step in range(1, 40):
-    dog.begin(f"step {step}")
-    dog.at("data")
-    time.sleep(0.02)
-    dog.at("teacher")
-    if step == 3 and dist.rank() == late:
-        print("late", flush=True)
-        if kind == "sleep":
-            time.sleep(600)
-        if kind == "native":  # holds the lock of Python: no thread runs
-            ctypes.PyDLL(None).usleep(600_000_000)
-        if kind == "slow":
-            time.sleep(0.5)
-        if kind == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
-    if kind == "aside" and step == 3:
-        dog.begin("evaluation", watchdog.SLACK)
-        time.sleep(1.5 * (dist.rank() == late))
-    dog.at("forward")
-    dist.gather(step)
-dog.stop()
+try:
+    for step in range(1, 40):
+        dog.begin(f"step {step}")
+        dog.at("data")
+        time.sleep(0.02)
+        dog.at("teacher")
+        if step == 3 and dist.rank() == late:
+            print("late", flush=True)
+            if kind == "sleep":
+                time.sleep(600)
+            if kind == "native":  # holds the lock of Python: no thread runs
+                ctypes.PyDLL(None).usleep(600_000_000)
+            if kind == "slow":
+                time.sleep(0.5)
+            if kind == "stopped":
+                os.kill(os.getpid(), signal.SIGSTOP)
+        if kind == "aside" and step == 3:
+            dog.begin("evaluation", watchdog.SLACK)
+            time.sleep(1.5 * (dist.rank() == late))
+        dog.at("forward")
+        dist.gather(step)
+finally:
+    dog.stop()
 print("done", flush=True)
 """
 
@@ -82,7 +84,7 @@ def test_alone_it_names_where(start: Start, tmp_path: Path) -> None:
     assert "ended 74 hung: step 3" in said
     assert "time.sleep" not in said
     stacks = (tmp_path / "stacks-0.log").read_text()
-    assert 'File "<string>", line 19' in stacks
+    assert 'File "<string>", line 20' in stacks
     assert "watchdog.py" in stacks, "all threads"
 
 
@@ -109,7 +111,7 @@ def test_one_without_an_answer(start: Start, kind: str, late: int) -> None:
     assert (gone if (kind, late) == ("stopped", 0) else f"Late: rank {late}, without an answer") in said
     processes[late].kill()
     (said,) = finish([processes[late]])
-    assert ('File "<string>", line 21' in said) == (kind == "native")
+    assert ('File "<string>", line 22' in said) == (kind == "native")
 
 
 @pytest.mark.slow
