@@ -1,7 +1,7 @@
 """Ranks: who am I, how many are we, and what do we agree on. Works in one process without torchrun or Slurm.
 
 `init` understands three ways of being started: torchrun (RANK, WORLD_SIZE, ...), one srun task per rank (SLURM_PROCID,
-...) and plain python (one rank). Host-side agreement (flags, names, barriers) goes over a gloo group, so it never waits
+...) and plain python (one rank). Under srun no agent sees to it that the ranks meet their own: `_meet` does. Host-side agreement (flags, names, barriers) goes over a gloo group, so it never waits
 for the accelerator.
 """
 
@@ -11,6 +11,7 @@ import datetime
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,7 +19,16 @@ import torch.distributed as torch_dist
 
 from fdscale import UserError
 
+PORTS = range(15000, 32000)  # to meet at under srun; the kernel gives those above to outgoing connections
+GREETING_S = 60.0  # rank 0 writes it as soon as it listens
+
 _host_group: Any = None  # gloo group of all ranks; the default group where that is gloo already
+
+
+class Apart(UserError):
+    """The ranks did not find each other, for a reason that may be gone at the next start."""
+
+    exit_code = 1
 
 
 def rank() -> int:
@@ -64,9 +74,16 @@ def _environment() -> dict[str, str]:
             "LOCAL_RANK": env["SLURM_LOCALID"],
             "MASTER_ADDR": env.get("MASTER_ADDR")
             or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))),
-            "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(_port(env)),
         }
     return {}
+
+
+def _port(env: Mapping[str, str]) -> int:
+    """One that the neighbouring jobs, the other steps of this one and its earlier restarts do not take."""
+    numbers = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    job, step, restart = numbers
+    return PORTS[(31 * job + step + 7919 * restart) % len(PORTS)]
 
 
 def _first_host(nodes: str) -> str:
@@ -86,11 +103,12 @@ def _first_host(nodes: str) -> str:
 def init(timeout_s: float = 1800.0) -> None:
     """Join the other ranks; does nothing when torch.distributed is initialised already.
 
-    Raises UserError when the environment is half set.
+    Raises UserError when the environment is half set, and Apart where another job is met.
     """
     global _host_group
     if torch_dist.is_initialized():
         return
+    by_slurm = not {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     env = _environment()
     cuda = torch.cuda.is_available()
     timeout = datetime.timedelta(seconds=timeout_s)
@@ -104,13 +122,41 @@ def init(timeout_s: float = 1800.0) -> None:
         os.environ.update(env)
         if cuda:
             _choose_gpu()
-        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        members = {"store": _meet(timeout), "rank": rank(), "world_size": world()} if by_slurm else {}
+        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **members)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         torch_dist.init_process_group(
             "nccl" if cuda else "gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     _host_group = torch_dist.new_group(backend="gloo", timeout=timeout) if cuda else torch_dist.group.WORLD
+
+
+def _meet(timeout: datetime.timedelta) -> torch_dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT through which the ranks of one srun find each other.
+
+    torch's own takes whoever listens there for rank 0, and whoever comes for a rank: two jobs that share a port would
+    train together, each with a part of the other. Here rank 0 says whose store it is. Raises Apart.
+    """
+    env = os.environ
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    job, step, restart = (env.get(f"SLURM_{name}") or "0" for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    mine = f"Slurm job {job}.{step} of cluster {env.get('SLURM_CLUSTER_NAME', 'unknown')}, restart {restart}"
+    try:
+        store = torch_dist.TCPStore(host, port, is_master=rank() == 0, timeout=timeout, wait_for_workers=False)
+        if rank() == 0:
+            store.set("whose", mine)
+        else:
+            store.wait(["whose"], min(timeout, datetime.timedelta(seconds=GREETING_S)))
+        whose = store.get("whose").decode()
+    except torch_dist.DistError as error:
+        raise Apart(
+            f"the ranks cannot meet at port {port} of {host} ({str(error).splitlines()[0]}): another start tries another "
+            "port; if MASTER_PORT is set, set it to a free one"
+        ) from None
+    if whose != mine:
+        raise Apart(f"port {port} of {host} is where {whose} meets; this is {mine}. Set MASTER_PORT to a free port")
+    return store
 
 
 def _choose_gpu() -> None:
