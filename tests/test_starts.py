@@ -266,3 +266,14 @@ def test_withdrawn_it_never_was(tmp_path: Path) -> None:
     (run / "config.yaml").touch()
     start.withdraw()
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+def test_fenced_and_not_ended_it_is_told_to_leave(tmp_path: Path) -> None:
+    start, _ = claim(tmp_path)
+    left = threading.Event()
+    start.leave = left.set
+    assert not start.look()
+    stranger(tmp_path, number=2)
+    assert start.look()
+    assert left.wait(60)
+    start.end(76, "")
