@@ -1,7 +1,7 @@
 """Ranks: who am I, how many are we, and what do we agree on. Works in one process without torchrun or Slurm.
 
 `init` understands three ways of being started: torchrun (RANK, WORLD_SIZE, ...), one srun task per rank (SLURM_PROCID,
-...) and plain python (one rank). Under srun no agent sees to it that the ranks meet their own: `_meet` does. Host-side agreement (flags, names, barriers) goes over a gloo group, so it never waits
+...) and plain python (one rank). Host-side agreement (flags, names, barriers) goes over a gloo group, so it never waits
 for the accelerator.
 """
 
@@ -81,8 +81,7 @@ def _environment() -> dict[str, str]:
 
 def _port(env: Mapping[str, str]) -> int:
     """One that the neighbouring jobs, the other steps of this one and its earlier restarts do not take."""
-    numbers = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    job, step, restart = numbers
+    job, step, restart = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     return PORTS[(31 * job + step + 7919 * restart) % len(PORTS)]
 
 
@@ -122,7 +121,9 @@ def init(timeout_s: float = 1800.0) -> None:
         os.environ.update(env)
         if cuda:
             _choose_gpu()
-        members = {"store": _meet(timeout), "rank": rank(), "world_size": world()} if by_slurm else {}
+        members: dict[str, Any] = {}
+        if by_slurm:
+            members = {"store": _meet(timeout), "rank": rank(), "world_size": world()}
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **members)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -151,8 +152,8 @@ def _meet(timeout: datetime.timedelta) -> torch_dist.Store:
         whose = store.get("whose").decode()
     except torch_dist.DistError as error:
         raise Apart(
-            f"the ranks cannot meet at port {port} of {host} ({str(error).splitlines()[0]}): another start tries another "
-            "port; if MASTER_PORT is set, set it to a free one"
+            f"the ranks cannot meet at port {port} of {host} ({str(error).splitlines()[0]}). Another start tries "
+            "another port, unless MASTER_PORT is set: set it to a free one"
         ) from None
     if whose != mine:
         raise Apart(f"port {port} of {host} is where {whose} meets; this is {mine}. Set MASTER_PORT to a free port")

@@ -238,7 +238,7 @@ class Cluster:
                 os.kill(pid, signal.SIGABRT)  # for Python's faulthandler, which slurm/env.sh asks for
         time.sleep(1.0)
         files = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
-        files += [file for folder in self.watched for file in sorted((folder / "slurm").rglob("*.log"))]
+        files += [file for folder in self.watched for file in sorted(folder.glob("**/slurm/**/*.log"))]
         return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-4000:]}" for file in files)
 
     # -- inside --------------------------------------------------------------------------------------------------------

@@ -83,7 +83,7 @@ def test_an_array_and_what_is_not_worth_another_start(cluster: Cluster, jobs: Jo
     jobs.let_go(run)
     array = jobs.submit(run, options=("--array", "lines"), nodes=1, FDSCALE_FRUITLESS_RESTARTS="1")
     jobs.let_go("then")
-    then = jobs.submit("then", "schedule.steps=2", options=("--after", f"{array}_0"), nodes=1)
+    then = jobs.submit("then", "schedule.steps=4", options=("--after", f"{array}_0"), nodes=1)
     never = jobs.submit("never", options=("--after", array))
     assert cluster.job(then)["Reason"] == "Dependency"
     tasks = [f"{array}_{number}" for number in range(3)]
