@@ -40,6 +40,7 @@ from fdscale.recovery import Recovery
 from fdscale.run import TAKEN, Run
 from fdscale.starts import Clock
 from fdscale.train import TrainState, train
+from fdscale.watchdog import SLACK
 
 MEAN_VIEWS = 256  # fewer make the mean token noisy, and a trivial predictor that is easily beaten
 DONE, DIVERGED, STOPPED, FENCED = 0, 3, 75, 76  # exit codes, see docs/running.md
@@ -188,8 +189,10 @@ def _distill(
     detours = Detours(directory)
     _forget_abandoned(room, detours, settings)
     run.clock.mark("build")
+    run.watchdog.at("verifying checkpoints")
     start = open_checkpoint(run, resume)
     run.clock.mark("load")
+    run.watchdog.at("building the engine")
     if start is not None:
         checkpoint.check_identity(checkpoint.read_state(start)["identity"], wanted, start)
     optim, schedule = settings.optim, settings.schedule
@@ -209,6 +212,7 @@ def _distill(
         average=optim.ema,
     )
     run.clock.mark("build")
+    run.watchdog.at("loading")
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
     guard = Guard(settings.guard, optim.batch_size)
     guard.restart(state.step, state.samples, checkpoint.read_state(start).get("guard", {}) if start is not None else {})
@@ -318,6 +322,7 @@ def _train(
 
     heldout = HeldOut(parts, dtype, run)
     run.clock.mark("build")
+    run.watchdog.begin("evaluation", SLACK)
     if state.step == 0 and last > 0 and (record := heldout(engine)):
         run.log({"step": 0, "samples": 0, **record})
         run.clock.mark("evaluation")

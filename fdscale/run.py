@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from fdscale import UserError, config, dist, starts
 from fdscale.signals import Stop
 from fdscale.sinks import JsonLines, TensorBoard, Wandb, line_of
 from fdscale.starts import write_atomically
+from fdscale.watchdog import SLACK, Watchdog
 
 TOLD = ("stop", "fenced", "lost", "written", "judged", "loss", "skipped", "void")  # what ranks tell at every step
 TAKEN = "another start has taken this run over; this one stops and saves nothing"
@@ -46,6 +48,7 @@ class Run:
         self.diverged = False
         self.fenced = False  # whether another start has taken the directory; agreed by all ranks
         self.clock = clock or starts.Clock()
+        self.watchdog = Watchdog(settings.guard.step_limit_s, self.directory, self.end)
         self.start: starts.Start | None = None  # rank 0's, while the directory is ours
         self.lost = 0  # samples replaced since this start, over all ranks
         self.written = 0  # times that a rank was done with its part in a save, over all ranks
@@ -62,6 +65,7 @@ class Run:
         self._sinks: list[Any] = []
         self._progress: Progress | None = None
         self._samples: Any = None
+        self._slow: int | None = None  # the rank that the others wait for
         self._refused = False  # whether the disk did not take a line
 
     # -- directory -----------------------------------------------------------------------------------------------------
@@ -72,8 +76,9 @@ class Run:
 
         work gets the token of this start. A collective. Raises UserError on all ranks where another owner lives.
         """
-        token = self._claim()
+        self.watchdog.start()
         try:
+            token = self._claim()
             code = work(token)
         except BaseException as error:
             if isinstance(error, RuntimeError) and self.start is not None and self.start.look():
@@ -83,6 +88,8 @@ class Run:
                 self.start.withdraw()  # a new run that never began leaves nothing
             self.end(starts.exit_code(error), str(error) if mistake else f"{type(error).__name__}: {error}")
             raise error
+        finally:
+            self.watchdog.stop()
         self.end(code, self.stopped_by or "")
         return code
 
@@ -170,6 +177,7 @@ class Run:
 
     def interrupted(self) -> bool:
         """Whether all ranks agreed to leave what they do aside from training. A collective, heard one call later."""
+        self.watchdog.again()
         if self._aside.exchange({"stop": self._stop.signal is not None})["stop"]:
             self._agree_on_signal()
         return self.stopped_by is not None
@@ -186,6 +194,7 @@ class Run:
 
         A collective without a device sync: what ranks tell is heard one step later.
         """
+        self.watchdog.begin(f"step {step + 1}", 1 if self._steps else SLACK)
         self.tell("stop", self._stop.signal is not None)
         self.tell("lost", self._losses.take())
         self.tell("fenced", self.start is not None and self.start.fenced)
@@ -293,6 +302,15 @@ class Run:
             self._progress.update(
                 self._progress.task_ids[0], note=f"loss {values['loss']:.4f}" if "loss" in values else ""
             )
+
+    def report_ranks(self, ranks: list[dict[str, Any]], slow: int | None, text: str) -> None:
+        """How fast each rank is, into ranks.json; a rank that has become the slow one is told of (rank 0)."""
+        if dist.rank() != 0 or len(ranks) == 1:
+            return
+        self._note(lambda: write_atomically(self.directory / "ranks.json", json.dumps(ranks) + "\n", durable=False))
+        if slow is not None and slow != self._slow:
+            self.say(text, "yellow")
+        self._slow = slow
 
     def log_samples(self, numbers: list[int], origins: list[tuple[str, str]]) -> None:
         """One line per sample: number, shard, key."""

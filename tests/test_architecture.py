@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "signals": set(),
     "starts": set(),
     "sinks": {"starts"},
-    "run": {"config", "keys", "dist", "signals", "sinks", "starts"},
+    "watchdog": {"dist"},
+    "run": {"config", "keys", "dist", "signals", "sinks", "starts", "watchdog"},
     "engine": {"config", "keys", "dist", "run", "starts"},
-    "train": {"engine", "run", "keys", "dist"},
+    "train": {"engine", "run", "keys", "dist", "watchdog"},
     "diagnose": {"models", "data"},
     "cli": {"config", "signals", *APPS},
     **{
@@ -48,6 +49,7 @@ MAY_IMPORT = {
             "dist",
             "recovery",
             "signals",
+            "watchdog",
             *APPS,
         }
         for app in APPS

@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from helpers import outside
 
-from fdscale import UserError, starts
+from fdscale import UserError, config, starts
+from fdscale.run import Run
 
 CLAIM = """
 import sys, time
@@ -277,3 +278,14 @@ def test_fenced_and_not_ended_it_is_told_to_leave(tmp_path: Path) -> None:
     assert start.look()
     assert left.wait(60)
     start.end(76, "")
+
+
+def test_an_error_behind_a_takeover_is_the_takeover(tmp_path: Path) -> None:
+    """Such as the loss of a peer that Slurm has ended."""
+
+    def work(token: str) -> int:
+        stranger(tmp_path, number=2)
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(starts.Fenced):
+        Run(tmp_path, config.load("demo", [])).own(work)
