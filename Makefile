@@ -29,7 +29,7 @@ quick: $(STAMP) ## the inner loop: tests that take a moment
 faults: $(STAMP) ## every instant of the fault suite; figures to reliability.json
 	FDSCALE_FAULTS=long FDSCALE_FAULTS_FIGURES=reliability.json $(BIN)/python -m pytest tests/faults
 
-slurm: $(STAMP) ## the job scripts on a real Slurm of two nodes on this machine
+slurm: $(STAMP) ## the job scripts on a real Slurm on this machine
 	$(BIN)/python -m pytest -rs tests/slurm
 
 lint: $(STAMP) ## style and imports

@@ -11,6 +11,7 @@ import datetime
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,10 +19,18 @@ import torch.distributed as torch_dist
 
 from fdscale import UserError
 
+PORTS = range(15000, 32000)  # to meet at under srun; the kernel gives those above to outgoing connections
+GREETING_S = 60.0  # rank 0 writes it as soon as it listens
 # PyTorch's record of each rank's last collectives; the watchdog writes it down, and so does NCCL when one times out.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "20000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 _host_group: Any = None  # gloo group of all ranks; the default group where that is gloo already
+
+
+class Apart(UserError):
+    """The ranks did not find each other, for a reason that may be gone at the next start."""
+
+    exit_code = 1
 
 
 def rank() -> int:
@@ -67,9 +76,15 @@ def _environment() -> dict[str, str]:
             "LOCAL_RANK": env["SLURM_LOCALID"],
             "MASTER_ADDR": env.get("MASTER_ADDR")
             or _first_host(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))),
-            "MASTER_PORT": env.get("MASTER_PORT") or str(15000 + int(env.get("SLURM_JOB_ID", "0")) % 20000),
+            "MASTER_PORT": env.get("MASTER_PORT") or str(_port(env)),
         }
     return {}
+
+
+def _port(env: Mapping[str, str]) -> int:
+    """One that the neighbouring jobs, the other steps of this one and its earlier restarts do not take."""
+    job, step, restart = (int(env.get(f"SLURM_{name}") or 0) for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    return PORTS[(31 * job + step + 7919 * restart) % len(PORTS)]
 
 
 def _first_host(nodes: str) -> str:
@@ -89,11 +104,12 @@ def _first_host(nodes: str) -> str:
 def init(timeout_s: float = 1800.0) -> None:
     """Join the other ranks; does nothing when torch.distributed is initialised already.
 
-    Raises UserError when the environment is half set.
+    Raises UserError when the environment is half set, and Apart where another job is met.
     """
     global _host_group
     if torch_dist.is_initialized():
         return
+    by_slurm = not {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     env = _environment()
     cuda = torch.cuda.is_available()
     for key, value in FLIGHT_RECORDER.items():
@@ -109,13 +125,43 @@ def init(timeout_s: float = 1800.0) -> None:
         os.environ.update(env)
         if cuda:
             _choose_gpu()
-        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout)
+        members: dict[str, Any] = {}
+        if by_slurm:
+            members = {"store": _meet(timeout), "rank": rank(), "world_size": world()}
+        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **members)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         torch_dist.init_process_group(
             "nccl" if cuda else "gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
         )
     _host_group = torch_dist.new_group(backend="gloo", timeout=timeout) if cuda else torch_dist.group.WORLD
+
+
+def _meet(timeout: datetime.timedelta) -> torch_dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT through which the ranks of one srun find each other.
+
+    torch's own takes whoever listens there for rank 0, and whoever comes for a rank: two jobs that share a port would
+    train together, each with a part of the other. Here rank 0 says whose store it is. Raises Apart.
+    """
+    env = os.environ
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    job, step, restart = (env.get(f"SLURM_{name}") or "0" for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    mine = f"Slurm job {job}.{step} of cluster {env.get('SLURM_CLUSTER_NAME', 'unknown')}, restart {restart}"
+    try:
+        store = torch_dist.TCPStore(host, port, is_master=rank() == 0, timeout=timeout, wait_for_workers=False)
+        if rank() == 0:
+            store.set("whose", mine)
+        else:
+            store.wait(["whose"], min(timeout, datetime.timedelta(seconds=GREETING_S)))
+        whose = store.get("whose").decode()
+    except torch_dist.DistError as error:
+        raise Apart(
+            f"the ranks cannot meet at port {port} of {host} ({str(error).splitlines()[0]}). Another start tries "
+            "another port, unless MASTER_PORT is set: set it to a free one"
+        ) from None
+    if whose != mine:
+        raise Apart(f"port {port} of {host} is where {whose} meets; this is {mine}. Set MASTER_PORT to a free port")
+    return store
 
 
 def _choose_gpu() -> None:

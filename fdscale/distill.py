@@ -37,7 +37,7 @@ from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
 from fdscale.objective import feature_loss
 from fdscale.recovery import Recovery
-from fdscale.run import Run
+from fdscale.run import TAKEN, Run
 from fdscale.starts import Clock
 from fdscale.train import TrainState, train
 from fdscale.watchdog import SLACK
@@ -236,7 +236,7 @@ def _distill(
         finally:
             recovery.saver.close()
     if run.fenced:
-        run.say("another start has taken this run over; this one stops and saves nothing", "red")
+        run.say(TAKEN, "red")
         return FENCED
     if run.diverged:
         run.say(f"{recovery.verdict} at step {state.step}; nothing was saved since it broke", "red")

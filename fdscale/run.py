@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from fdscale.starts import write_atomically
 from fdscale.watchdog import SLACK, Watchdog
 
 TOLD = ("stop", "fenced", "lost", "written", "judged", "loss", "skipped", "void")  # what ranks tell at every step
+TAKEN = "another start has taken this run over; this one stops and saves nothing"
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
 PATIENCE_S = 5.0  # for data after a signal, where other ranks may be waiting for this one
 LOST_TOLD = 5  # replaced samples shown in full by each rank,
@@ -79,11 +81,13 @@ class Run:
             token = self._claim()
             code = work(token)
         except BaseException as error:
+            if isinstance(error, RuntimeError) and self.start is not None and self.start.look():
+                error = starts.Fenced(TAKEN)  # such as the loss of a peer that Slurm has ended: nothing to put right
             mistake = isinstance(error, UserError)
             if mistake and self.start is not None and self.start.number == 1 and not self._sinks:
                 self.start.withdraw()  # a new run that never began leaves nothing
             self.end(starts.exit_code(error), str(error) if mistake else f"{type(error).__name__}: {error}")
-            raise
+            raise error
         finally:
             self.watchdog.stop()
         self.end(code, self.stopped_by or "")
@@ -93,6 +97,12 @@ class Run:
         """Give the directory back and write down how this start ended; the first call counts. Any thread may call."""
         if self.start is not None:
             self.start.end(code, why)
+
+    def _leave(self) -> None:
+        """End the process, which is fenced and waits for something that may never come."""
+        self.say(TAKEN, "red")
+        self.end(starts.Fenced.exit_code, TAKEN)
+        os._exit(starts.Fenced.exit_code)
 
     def note(self, **values: Any) -> None:
         """Put plain data into the record of this start."""
@@ -104,6 +114,7 @@ class Run:
         if dist.rank() == 0:
             try:
                 self.start = starts.claim(self.directory, self.clock, lambda line: self.say(line, "yellow"))
+                self.start.leave = self._leave
             except UserError as error:
                 problem = str(error)
             except Exception as error:  # whatever it is, the other ranks must hear of it

@@ -240,6 +240,8 @@ class Start:
         self.directory, self.number = directory, number
         self.token = record["token"]  # sorts as the starts do
         self.fenced = False  # whether a later start has taken the directory
+        # Called, in a thread, where this start has not ended some beats later: it may wait for ranks that are no more.
+        self.leave: Callable[[], object] = lambda: None
         self._record, self._clock = record, clock
         self._lock = threading.Lock()
         self._ending, self._withdrawn = threading.Event(), False
@@ -262,8 +264,13 @@ class Start:
             except OSError:  # a full disk is no reason to look dead
                 with contextlib.suppress(OSError):
                     os.utime(path)
-        with contextlib.suppress(OSError):  # after a write in that directory NFS asks its server what else is there
+        self.look()  # after a write in that directory NFS asks its server what else is there
+
+    def look(self) -> bool:
+        """Whether a later start has taken the directory."""
+        with contextlib.suppress(OSError):
             self.fenced |= max(numbers(self.directory), default=self.number) > self.number
+        return self.fenced
 
     def end(self, code: int, why: str) -> None:
         """Give the directory back and write down how it ended; the first of several calls counts."""
@@ -283,8 +290,12 @@ class Start:
                     (self.directory / folder).rmdir()
 
     def _live(self) -> None:
+        fenced = 0
         while not self._ending.wait(BEAT_S):
             self.beat()
+            fenced += self.fenced
+            if fenced == SILENT_BEATS:
+                self.leave()
 
 
 def _now(clock: Clock) -> dict[str, Any]:

@@ -24,12 +24,15 @@ if [ -z "$run" ]; then
   say "no --run DIR among the arguments: $*"
   exit 2
 fi
-job=$run/slurm/job-${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+# The last task of an array has the array's own number as its SLURM_JOB_ID: by that, Slurm would requeue all tasks.
+id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_}${SLURM_ARRAY_TASK_ID:-$SLURM_JOB_ID}
+job=$run/slurm/job-$id
 mkdir -p "$job" || exit 1
 
 . "$FDSCALE_SOURCE/slurm/env.sh"
 export PYTHONPATH=$FDSCALE_SOURCE${PYTHONPATH:+:$PYTHONPATH}
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE # of a torchrun around sbatch; Slurm says who is who
+[ -z "${RANK:-}" ] || unset MASTER_ADDR MASTER_PORT # of a torchrun around sbatch, like those below
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE    # Slurm says who is who
 fdscale=("$FDSCALE_PYTHON" -P -m fdscale.cli) # -P: the source is that one, even where the job starts in another
 
 # ---- is another start worth it? --------------------------------------------------------------------------------------
@@ -44,7 +47,13 @@ give_up_if_fruitless() { # COUNT: restarts in a row that made no newer checkpoin
   fi
 }
 
-before=$(newest) fruitless=0
+still_ours() { # not a node that Slurm had lost: the job may run elsewhere by now, and requeueing it would stop it there
+  local now
+  now=$(scontrol show job --oneliner "$id") || return 1
+  [[ $now == *" Restarts=$restart "* ]]
+}
+
+restart=${SLURM_RESTART_COUNT:-0} before=$(newest) fruitless=0
 if [ -e "$job/progress" ]; then # written by the start before, which may have ended in any way
   read -r fruitless last <"$job/progress"
   [ "$before" = "$last" ] && fruitless=$((fruitless + 1)) || fruitless=0
@@ -79,10 +88,20 @@ step() { # srun's code, which says little: with --kill-on-bad-exit it is often 1
   return "$code"
 }
 
+free_port() { # of this node, which is rank 0's; not one of those that the kernel gives to outgoing connections
+  "$FDSCALE_PYTHON" -I -S -c 'import random, socket
+for port in random.sample(range(15000, 32000), 100):
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        continue
+    print(port)
+    break'
+}
+
 # ---- run -------------------------------------------------------------------------------------------------------------
 
-restart=${SLURM_RESTART_COUNT:-0}
-say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST: fdscale $verb ${args[*]}"
+say "job $id, restart $restart, on $SLURM_JOB_NODELIST: fdscale $verb ${args[*]}"
 say "from $before; the ranks' output is in $job/rank-*.log"
 
 # --overlap and --mem=0: it takes nothing away from the next step, which may begin before Slurm has noted its end.
@@ -96,7 +115,7 @@ fi
 [ "$code" = 0 ] || say "building ahead failed or was stopped ($job/build.log); the ranks will try for themselves"
 
 ended=$job/ended-$restart # -RANK
-step --kill-on-bad-exit=1 --output="$job/rank-%5t.log" --open-mode=append \
+MASTER_PORT=${MASTER_PORT:-$(free_port)} step --kill-on-bad-exit=1 --output="$job/rank-%5t.log" --open-mode=append \
   bash "$FDSCALE_SOURCE/slurm/task.sh" "$ended" "${fdscale[@]}" "$verb" "${args[@]}"
 trap '' USR1
 trap - TERM # it ends the script, as scancel should; so does the requeue below
@@ -120,6 +139,10 @@ if [ -n "$cancelled" ]; then
   exit 75
 fi
 [ "$(newest)" = "$before" ] && give_up_if_fruitless $((fruitless + 1))
+if ! still_ours; then
+  say "not requeued from here: Slurm has given this start up and requeued the job itself, or does not answer"
+  exit 75
+fi
 say "another start is worth it; Slurm usually waits two minutes before it"
-scontrol requeue "$SLURM_JOB_ID" || say "Slurm does not requeue this job: submit it again to go on"
+scontrol requeue "$id" || say "Slurm does not requeue this job: submit it again to go on"
 exit 75

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+from typing import Any
+
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -81,8 +85,6 @@ def test_the_batch_script_itself_is_one_process(monkeypatch: pytest.MonkeyPatch)
 
 
 def _agree(rank: int, port: int, queue: mp.Queue) -> None:
-    import os
-
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="3", LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -96,8 +98,6 @@ def _agree(rank: int, port: int, queue: mp.Queue) -> None:
 
 @pytest.mark.slow
 def test_flags_and_counts_reach_all_ranks_one_step_later() -> None:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -115,3 +115,48 @@ def test_flags_and_counts_reach_all_ranks_one_step_later() -> None:
         assert gathered == [0, 1, 2]
         assert anyone
         assert total == 3.0
+
+
+def _meet(job: str, rank: int, port: int, told: mp.Queue, done: Any) -> None:
+    slurm = {"STEP_ID": "0", "STEP_NUM_TASKS": "2", "PROCID": str(rank), "LOCALID": str(rank), "JOB_ID": job}
+    os.environ.update({f"SLURM_{name}": value for name, value in slurm.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        dist.init()
+        told.put((job, rank, dist.gather(job)))
+        dist.close()
+    except UserError as error:
+        told.put((job, rank, (error.exit_code, str(error))))
+    done.wait(60)
+
+
+@pytest.mark.slow
+def test_jobs_that_share_a_port_do_not_mix() -> None:
+    """Whoever comes first: the ranks of the job whose rank 0 holds the port meet, those of the other are told so."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("spawn")
+    told, done = context.Queue(), context.Event()
+    found, processes = {}, []
+    for job, rank in (("1", 0), ("2", 1), ("2", 0), ("1", 1)):
+        processes.append(context.Process(target=_meet, args=(job, rank, port, told, done)))
+        processes[-1].start()
+        if job == "2":  # its end is awaited, so that the right one comes last
+            who, which, what = told.get(timeout=120)
+            found[who, which] = what
+    for _ in range(2):
+        who, which, what = told.get(timeout=120)
+        found[who, which] = what
+    done.set()
+    for process in processes:
+        process.join(60)
+    assert found["1", 0] == found["1", 1] == ["1", "1"]
+    code, message = found["2", 1]
+    assert code == 1
+    assert f"port {port} of 127.0.0.1 is where Slurm job 1.0" in message
+    assert "this is Slurm job 2.0" in message
+    code, message = found["2", 0]
+    assert code == 1
+    assert f"cannot meet at port {port} of 127.0.0.1" in message
+    assert "address already in use" in message

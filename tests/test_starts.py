@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 from helpers import outside
 
-from fdscale import UserError, starts
+from fdscale import UserError, config, starts
+from fdscale.run import Run
 
 CLAIM = """
 import sys, time
@@ -266,3 +267,25 @@ def test_withdrawn_it_never_was(tmp_path: Path) -> None:
     (run / "config.yaml").touch()
     start.withdraw()
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
+
+
+def test_fenced_and_not_ended_it_is_told_to_leave(tmp_path: Path) -> None:
+    start, _ = claim(tmp_path)
+    left = threading.Event()
+    start.leave = left.set
+    assert not start.look()
+    stranger(tmp_path, number=2)
+    assert start.look()
+    assert left.wait(60)
+    start.end(76, "")
+
+
+def test_an_error_behind_a_takeover_is_the_takeover(tmp_path: Path) -> None:
+    """Such as the loss of a peer that Slurm has ended."""
+
+    def work(token: str) -> int:
+        stranger(tmp_path, number=2)
+        raise RuntimeError("Connection closed by peer")
+
+    with pytest.raises(starts.Fenced):
+        Run(tmp_path, config.load("demo", [])).own(work)

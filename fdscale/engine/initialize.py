@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import warnings
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def prepare_environment(builds: bool = False) -> None:
             "DeepSpeed builds a small C++ op at first use, and no C++ compiler was found: install g++ (Debian: "
             "apt-get install g++), or set CXX"
         )
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(_builds()))
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     for noisy in (
         "torch.distributed",
@@ -65,6 +67,17 @@ def prepare_environment(builds: bool = False) -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # DeepSpeed calls collectives under names that torch is about to change; at ZeRO-3 that is two lines a step.
     warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+
+
+def _builds() -> Path:
+    """Where this environment keeps the ops it compiles.
+
+    torch has one place for all environments. But the ops name their headers by path: each start from another one would
+    compile anew and undo what the other has, for a minute each, with everybody else waiting at the lock.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    environment = f"{sys.prefix} {sys.version} {torch.__version__}"
+    return cache / "torch_extensions" / f"fdscale-{zlib.crc32(environment.encode()):08x}"
 
 
 def build_ops(ds: dict[str, Any]) -> list[str]:

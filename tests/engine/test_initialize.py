@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -118,3 +119,17 @@ def test_a_missing_compiler_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="no C\\+\\+ compiler was found: install g\\+\\+"):
         init.prepare_environment()
+
+
+def test_each_environment_keeps_its_own_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless a person says where."""
+    places = []
+    for prefix, given in (("/one/.venv", None), ("/two/.venv", None), ("/two/.venv", "/elsewhere")):
+        monkeypatch.setattr(init.sys, "prefix", prefix)
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", given or "")
+        if given is None:
+            monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        init.prepare_environment()
+        places.append(os.environ["TORCH_EXTENSIONS_DIR"])
+    assert len(set(places)) == 3
+    assert places[2] == "/elsewhere"

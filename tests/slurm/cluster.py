@@ -27,7 +27,7 @@ PATIENCE_S = 240.0  # the machine may be slow
 # slurmd starts a cgroup plugin even if nothing uses it, and of those only v1 starts without a cgroup mount. A requeued
 # job may run again after cred_expire, and 5 s is the least. A node that was set down stays so (ReturnToService=1).
 CONFIG = """\
-ClusterName=fdscale
+ClusterName={name}
 SlurmctldHost={host}({controller})
 SlurmctldPort={ports[0]}
 SlurmUser={user}
@@ -55,7 +55,7 @@ SchedulerParameters=sched_interval=2,sched_min_interval=0,bf_interval=2
 SlurmctldTimeout=30
 SlurmdTimeout=10
 MessageTimeout=10
-KillWait=30
+KillWait={kill_wait_s}
 BatchStartTimeout=10
 CompleteWait=0
 InactiveLimit=0
@@ -89,11 +89,18 @@ def _namespaces() -> list[str]:
 
 class Cluster:
     """A Slurm of so many nodes, node1 to nodeN, that keeps everything below a folder (of a short path: it holds a
-    socket). Use as a context manager."""
+    socket). Use as a context manager.
 
-    def __init__(self, folder: Path, nodes: int = 2, networks: bool = False):
+    kill_wait_s: how long a job that is told to end may take. What jobs log below `watched` is shown where something
+    that was waited for does not happen.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 2, networks: bool = False, kill_wait_s: int = 30):
         self.folder, self.nodes, self._networks = folder, range(1, nodes + 1), networks
-        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
+        self.watched: list[Path] = []
+        self._kill_wait_s = kill_wait_s
+        self._own = os.getpid() % 250  # several clusters may be on one machine
+        self.environment = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Cluster:
@@ -104,12 +111,12 @@ class Cluster:
             files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
             munge = [f"--{option}={self.folder}/munge.{end}" for option, end in files.items()]
             self._begin("munged", "munged", "--foreground", "--force", *munge)
-            wait_for(lambda: (self.folder / "munge.sock").is_socket(), self._report)
+            wait_for(lambda: (self.folder / "munge.sock").is_socket(), self.report)
             self._begin("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-            wait_for(lambda: "is UP" in self.run("scontrol", "ping", check=False), self._report)
+            wait_for(lambda: "is UP" in self.run("scontrol", "ping", check=False), self.report)
             for k in self.nodes:
                 self.start_node(k)
-            wait_for(lambda: self.idle() == len(self.nodes), self._report)
+            wait_for(lambda: self.idle() == len(self.nodes), self.report)
         except BaseException:
             self.__exit__()
             raise
@@ -119,10 +126,9 @@ class Cluster:
         if "slurmctld" in self._daemons:
             self.run("scancel", "--user", _user(), check=False)
             with contextlib.suppress(TimeoutError):
-                wait_for(lambda: not self.run("squeue", "-h", "-t", "running,completing", check=False), patience_s=45)
+                wait_for(lambda: not self.run("squeue", "-h", "-t", "running,completing", check=False), patience_s=10)
         for k in self.nodes:
-            if f"node{k}" in self._daemons:
-                self.kill_node(k)
+            self.kill_node(k)
         for daemon in self._daemons.values():
             daemon.terminate()
         for daemon in self._daemons.values():
@@ -133,9 +139,9 @@ class Cluster:
                 daemon.wait()
         if self._networks:
             for k in self.nodes:
-                _ip("link", "del", f"fdv{k}", check=False)
-                _ip("netns", "del", f"fdn{k}", check=False)
-            _ip("link", "del", "fdbr", check=False)
+                _ip("link", "del", self._link(k), check=False)
+                _ip("netns", "del", self._network(k), check=False)
+            _ip("link", "del", self._bridge, check=False)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
@@ -143,7 +149,7 @@ class Cluster:
         """Start the slurmd of a node."""
         own = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
         slurmd = ["slurmd", "-D", "-N", f"node{k}", "-f", str(self.folder / "slurm.conf")]
-        network = ["ip", "netns", "exec", f"fdn{k}"] if self._networks else []
+        network = ["ip", "netns", "exec", self._network(k)] if self._networks else []
         hosts = str(self.folder / "hosts")
         self._begin(f"node{k}", *network, *_namespaces(), "sh", "-c", own, "sh", hosts, f"node{k}", *slurmd)
 
@@ -156,9 +162,10 @@ class Cluster:
             for pid in self.processes(k):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        daemon = self._daemons.pop(f"node{k}")
-        daemon.kill()
-        daemon.wait()
+        daemon = self._daemons.pop(f"node{k}", None)
+        if daemon is not None:
+            daemon.kill()
+            daemon.wait()
 
     def processes(self, k: int) -> list[int]:
         """Of the jobs on a node: slurmstepd and all below."""
@@ -171,6 +178,15 @@ class Cluster:
             found += [child for child, parent in parents.items() if parent == pid and child not in found]
         return found
 
+    def ranks(self) -> list[int]:
+        """Of the jobs on all nodes."""
+        found = []
+        for pid in (pid for k in self.nodes for pid in self.processes(k)):
+            with contextlib.suppress(OSError):  # ended meanwhile
+                if b"fdscale.cli" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:5]:
+                    found.append(pid)
+        return found
+
     def _is_stepd(self, pid: int, k: int) -> bool:
         """slurmstepd becomes a child of process 1 and does not say whose it is, but it has its node's log open."""
         with contextlib.suppress(OSError):
@@ -181,11 +197,11 @@ class Cluster:
 
     def cut(self, k: int) -> None:
         """Cut the network of a node; its processes live on."""
-        _ip("link", "set", f"fdv{k}", "down")
+        _ip("link", "set", self._link(k), "down")
 
     def heal(self, k: int) -> None:
         """Undo `cut`."""
-        _ip("link", "set", f"fdv{k}", "up")
+        _ip("link", "set", self._link(k), "up")
 
     def idle(self) -> int:
         """How many nodes are idle."""
@@ -195,7 +211,9 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True) -> str:
         """What a command of Slurm's prints."""
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            command, env={**os.environ, **self.environment}, capture_output=True, text=True, timeout=60, check=False
+        )
         assert not check or not done.returncode, f"{command}: {done.stderr}"
         return done.stdout
 
@@ -210,15 +228,30 @@ class Cluster:
             found = self.job(job)
             return found["JobState"] in states and int(found["Restarts"]) >= restarts
 
-        wait_for(there, lambda: f"{self.job(job)}\n{self._report()}", patience_s)
+        wait_for(there, lambda: f"{self.job(job)}\n{self.report()}", patience_s)
         return self.job(job)
+
+    def report(self) -> str:
+        """What everybody logged, at the end of it where each rank was: it ends them."""
+        for pid in self.ranks():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)  # for Python's faulthandler, which slurm/env.sh asks for
+        time.sleep(1.0)
+        files = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
+        files += [file for folder in self.watched for file in sorted(folder.glob("**/slurm/**/*.log"))]
+        return "\n".join(f"--- {file}\n{file.read_text(errors='replace')[-4000:]}" for file in files)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _begin(self, name: str, *command: str) -> None:
         with (self.folder / f"{name}.out").open("ab") as out:
             self._daemons[name] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=self.environment, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env={**os.environ, **self.environment},
+                start_new_session=True,
             )
 
     def _configure(self) -> None:
@@ -228,8 +261,10 @@ class Cluster:
         key.chmod(0o600)
         ports = _free_ports(1 + len(self.nodes))
         text = CONFIG.format(
+            name=f"fdscale{ports[0]}",
             host=socket.gethostname().split(".")[0],
-            controller="10.77.0.254" if self._networks else "127.0.0.1",
+            controller=self._address(254) if self._networks else "127.0.0.1",
+            kill_wait_s=self._kill_wait_s,
             ports=ports,
             user=_user(),
             folder=self.folder,
@@ -248,23 +283,29 @@ class Cluster:
         (self.folder / "hosts").write_text(Path("/etc/hosts").read_text() + "\n" + names)
 
     def _address(self, k: int) -> str:
-        return f"10.77.0.{k}" if self._networks else f"127.0.1.{k}"
+        return f"10.77.{self._own}.{k}" if self._networks else f"127.0.1.{k}"
+
+    @property
+    def _bridge(self) -> str:
+        return f"fd{self._own}"
+
+    def _network(self, k: int) -> str:
+        return f"fd{self._own}n{k}"
+
+    def _link(self, k: int) -> str:
+        return f"fd{self._own}v{k}"
 
     def _make_networks(self) -> None:
-        _ip("link", "add", "fdbr", "type", "bridge")
-        _ip("addr", "add", "10.77.0.254/24", "dev", "fdbr")
-        _ip("link", "set", "fdbr", "up")
+        _ip("link", "add", self._bridge, "type", "bridge")
+        _ip("addr", "add", f"{self._address(254)}/24", "dev", self._bridge)
+        _ip("link", "set", self._bridge, "up")
         for k in self.nodes:
-            _ip("netns", "add", f"fdn{k}")
-            _ip("link", "add", f"fdv{k}", "type", "veth", "peer", "name", "eth0", "netns", f"fdn{k}")
-            _ip("link", "set", f"fdv{k}", "master", "fdbr", "up")
-            _ip("-n", f"fdn{k}", "addr", "add", f"{self._address(k)}/24", "dev", "eth0")
-            _ip("-n", f"fdn{k}", "link", "set", "eth0", "up")
-            _ip("-n", f"fdn{k}", "link", "set", "lo", "up")
-
-    def _report(self) -> str:
-        files = [*self.folder.glob("*.log"), *self.folder.glob("*.out")]
-        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+            _ip("netns", "add", self._network(k))
+            _ip("link", "add", self._link(k), "type", "veth", "peer", "name", "eth0", "netns", self._network(k))
+            _ip("link", "set", self._link(k), "master", self._bridge, "up")
+            _ip("-n", self._network(k), "addr", "add", f"{self._address(k)}/24", "dev", "eth0")
+            _ip("-n", self._network(k), "link", "set", "eth0", "up")
+            _ip("-n", self._network(k), "link", "set", "lo", "up")
 
 
 def wait_for(
