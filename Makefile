@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test quick faults slurm lint format types bench docs clean help
+.PHONY: demo all test quick faults slurm lint format types bench docs clean help
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
@@ -20,8 +20,11 @@ $(STAMP): requirements.lock setup.py pyproject.toml
 demo: $(STAMP) ## distil a real teacher on real photographs, on this machine
 	$(BIN)/python -m fdscale.demo
 
-test: $(STAMP) ## everything this machine can run
-	$(BIN)/python -m pytest
+all: $(STAMP) ## everything that this machine can run: what CI runs
+	$(BIN)/python -m pytest --durations=25
+
+test: $(STAMP) ## all but the long ones: Slurm, and the fault suite
+	$(BIN)/python -m pytest -m "not slurm and not faults"
 
 quick: $(STAMP) ## the inner loop: tests that take a moment
 	$(BIN)/python -m pytest -m "not slow"

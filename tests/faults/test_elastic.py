@@ -16,7 +16,7 @@ from faults.conftest import LONG
 from faults.starts import Starts
 from fdscale.engine.reader import Reader
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 SETTINGS = (

@@ -21,7 +21,7 @@ from faults.conftest import LONG, Figures
 from faults.starts import EVERY, STEPS, Starts, kill_all, newest, trained
 from faults.zygote import kill
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 SEED = 0
 KINDS = {"kill": "kill -9 before a change of a file", "torn": "kill -9 in the middle of a write"}

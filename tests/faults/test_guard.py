@@ -13,7 +13,7 @@ from test_resume import losses, tensors
 
 from faults.starts import Starts, kill_all
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 TEACHER = ("teacher.source=python:faults.teachers:Teacher", "teacher.args={}", "teacher.weights=own")
 BF16 = {
     "bf16": {"enabled": True},

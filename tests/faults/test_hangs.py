@@ -15,7 +15,7 @@ from faults.test_guard import TEACHER, records
 from faults.test_signals import children, wait_for
 from fdscale import runs
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 LIMIT = "guard.step_limit_s=4"  # a start takes at most 5 times that
 MORE = (*TEACHER, LIMIT, "save.every=2", "save.keep=9", "schedule.steps=12")
 

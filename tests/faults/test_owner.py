@@ -18,7 +18,7 @@ from faults.test_guard import TEACHER, equal, records
 from fdscale import runs
 from fdscale.starts import path_of, read
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 SLOW = {"FAULT": "slow", "FAULT_CALLS": "3-9999", "SLURM_JOB_ID": "42"}
 REQUEUED = {"SLURM_JOB_ID": "42", "SLURM_RESTART_COUNT": "1"}
 

@@ -18,7 +18,7 @@ from test_resume import losses, samples, tensors
 from faults.starts import Starts
 from faults.test_guard import TEACHER, records
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 SLOW = {"FAULT": "slow"}
 
 

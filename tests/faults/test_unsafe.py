@@ -14,7 +14,7 @@ import torch
 from faults.starts import STEPS, Starts
 from fdscale.engine import checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.faults]
 
 
 class Payload:
