@@ -24,6 +24,8 @@ from fdscale import UserError
 from fdscale.keys import Config
 from fdscale.strict import hints_of, nearest, read_yaml, section, value_of
 
+UNUSED = {"distill": ("classify",), "finetune": ("teacher", "objective", "cache")}  # sections that a task leaves aside
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -106,6 +108,25 @@ def _override(config: Config, text: str) -> Config:
     return dataclasses.replace(config, **{keys[0]: dataclasses.replace(section, **{keys[1]: converted})})
 
 
+def task_of(config: Config) -> str:
+    """What a recipe is for, a key of UNUSED."""
+    return "distill" if config.classify.classes is None else "finetune"
+
+
+def check_verb(config: Config, verb: str) -> None:
+    """Raise UserError where a verb that trains or evaluates is given a recipe of another kind."""
+    if verb == "distill" and task_of(config) != "distill":
+        raise UserError(
+            f"the recipe is for fine-tuning (classify.classes is {config.classify.classes}): run it with `fdscale "
+            "finetune`, or set classify.classes=null"
+        )
+    if verb != "distill" and task_of(config) == "distill":
+        raise UserError(
+            f"the recipe is for distillation (classify.classes is not set), and `fdscale {verb}` needs the number of "
+            "classes: take a recipe for fine-tuning (`fdscale recipes`), or --set classify.classes=1000"
+        )
+
+
 def check(config: Config, where: str) -> None:
     """Rules that span several keys."""
     schedule = config.schedule
@@ -124,6 +145,8 @@ def check(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: cache.features and cache.dtype need cache.epochs, the epochs after which samples repeat"
         )
+    if task_of(config) == "finetune" and cache.epochs is not None:
+        raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
     for name in ("scale", "ratio"):
         low, high = getattr(config.data, name)
         if not 0 < low <= high:
@@ -174,8 +197,8 @@ def trajectory(config: Config) -> dict[str, Any]:
         excluded |= {"cache.epochs", "cache.dtype"}
     values = {}
     for key, _, entry in fields():
-        if not entry.metadata["neutral"] and key not in excluded:
-            section, name = key.split(".")
+        section, name = key.split(".")
+        if not entry.metadata["neutral"] and key not in excluded and section not in UNUSED[task_of(config)]:
             values[key] = getattr(getattr(config, section), name)
     return json.loads(json.dumps(values))
 

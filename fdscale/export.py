@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from fdscale import UserError, __version__, config
-from fdscale.engine import checkpoint, tensor_file
+from fdscale.engine import tensor_file
 from fdscale.engine.contents import Damaged
 from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
 from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.run import write_atomically
+from fdscale.student import PREFIX, find_checkpoint
 
-PREFIX = "backbone."  # of the student's parameters in the module that is trained
 SUFFIX = ".safetensors"
 INDEX = "model.safetensors.index.json"
 OTHER_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".npz", ".onnx")
@@ -39,7 +39,7 @@ def main(source: str, out: str, names: str, force: bool, dtype: str, shard_gib: 
         raise UserError(f"{out}: give a name that ends in .safetensors, or the name of a directory")
     if not 0 < shard_gib < math.inf:
         raise UserError(f"--shard-gib {shard_gib}: expected a size above 0")
-    found = find(Path(source))
+    found = find_checkpoint(Path(source))
     if os.path.lexists(target):
         if not force:
             raise UserError(f"{out} exists; give another name, or --force to replace it")
@@ -50,24 +50,6 @@ def main(source: str, out: str, names: str, force: bool, dtype: str, shard_gib: 
         raise UserError(f"{found}: {damage}") from None
     print(f"{found}: step {step}, {count / 1e6:.2f} M parameters -> {out} ({names} names, {dtype})")
     return 0
-
-
-def find(source: Path) -> Path:
-    """The checkpoint meant by a run directory or a checkpoint directory.
-
-    Raises UserError where there is no valid one.
-    """
-    if not source.is_dir():
-        raise UserError(f"{source}: no such run or checkpoint directory")
-    if os.path.lexists(source / "manifest.json"):
-        problem = checkpoint.verify(source)
-        if problem:
-            raise UserError(f"{source}: {problem}")
-        return source
-    found, skipped = checkpoint.newest_valid(source / "checkpoints")
-    if found is None:
-        raise UserError(f"{source} holds no valid checkpoint{': ' + skipped[0] if skipped else ''}")
-    return found
 
 
 def check_replaceable(target: Path) -> None:

@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
 APPS = {
-    "assemble", "recovery", "distill", "submit", "export", "cache", "catalog", "doctor", "pack", "demo", "bench",
-    "runs",
+    "assemble", "distill", "finetune", "evaluate", "submit", "export", "cache", "catalog", "doctor", "pack", "demo",
+    "bench", "runs",
 }  # fmt: skip
+SHARED = {"inputs", "student", "recovery", "job"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
@@ -31,11 +32,17 @@ MAY_IMPORT = {
     "run": {"config", "keys", "dist", "signals", "sinks", "starts"},
     "engine": {"config", "keys", "dist", "run", "starts"},
     "train": {"engine", "run", "keys", "dist"},
+    "recovery": {"train", "engine", "run", "dist"},
+    "inputs": {"config", "keys", "data", "dist", "engine"},
+    "student": {"config", "models", "engine"},
+    "job": {"config", "data", "dist", "engine", "inputs", "recovery", "run", "starts", "train"},
+    "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data"},
     "cli": {"config", "signals", *APPS},
     **{
         app: {
             "train",
+            "tasks",
             "models",
             "data",
             "objective",
@@ -46,8 +53,8 @@ MAY_IMPORT = {
             "config",
             "keys",
             "dist",
-            "recovery",
             "signals",
+            *SHARED,
             *APPS,
         }
         for app in APPS
@@ -56,7 +63,7 @@ MAY_IMPORT = {
 HOMES = {  # package -> files that may import it
     "deepspeed": ("engine/",),
     "triton": ("kernels/",),
-    "timm": ("models/teachers.py", "models/frozen.py", "demo.py", "bench/"),
+    "timm": ("models/teachers.py", "models/frozen.py", "data/randaugment.py", "demo.py", "bench/"),
     "open_clip": ("models/teachers.py",),
     "matplotlib": ("diagnose/plots.py",),
     "fairscale": ("engine/memory.py",),

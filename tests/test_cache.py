@@ -25,10 +25,11 @@ from skimage import data as photographs
 from torch import Tensor
 
 from fdscale import UserError, config
-from fdscale.assemble import Parts, assemble, to_device, train_stream, training_target
+from fdscale.assemble import Parts, assemble, train_stream, training_target
 from fdscale.cache import DONE, STOPPED, _ahead
 from fdscale.cache import cache as write_cache
 from fdscale.data.shards import make
+from fdscale.inputs import to_device
 from fdscale.objective import feature_loss
 
 pytestmark = pytest.mark.slow  # together they are: left out of `make quick`

@@ -1,0 +1,94 @@
+"""The student network of a config: built on the meta device, its first weights, what it computes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdscale import UserError, config
+from fdscale.engine import checkpoint, memory
+from fdscale.engine.contents import Damaged
+from fdscale.engine.metrics import Work
+from fdscale.engine.reader import Reader
+from fdscale.models import backbone as build_backbone
+from fdscale.models import convert
+from fdscale.models.layers import initial_value
+
+PREFIX = "backbone."  # of the student's parameters in the module that is trained, and in its checkpoints
+
+
+def build(settings: config.Config) -> Any:
+    """The backbone, on the meta device, with its memory policies and the seed of its drop path."""
+    with torch.device("meta"):
+        student = build_backbone(
+            settings.student.model, {"img_size": settings.data.image_size, **settings.student.args}
+        )
+    student.drop_path_seed = settings.student.seed
+    memory.apply(student, settings.memory.checkpoint, settings.memory.attention_chunk)
+    return student
+
+
+def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
+    """First value of every parameter: from `student.weights` where there are any, else random by seed and name."""
+    loaded: dict[str, Tensor] = {}
+    if settings.student.weights:
+        holder = build(settings)
+        convert.load(holder, read_weights(settings.student.weights))
+        loaded = {f"{PREFIX}{name}": parameter.detach() for name, parameter in holder.named_parameters()}
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if name in loaded:
+            return loaded[name].float()
+        return initial_value(module, name, shape, torch.float32, settings.student.seed)
+
+    return value
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """The weights in a file or a directory of safetensors, a run directory, or one checkpoint directory of a run.
+
+    Of a run, those of the newest valid checkpoint. Raises UserError where there are none.
+    """
+    path = Path(source)
+    if not (path / "checkpoints").is_dir() and not os.path.lexists(path / "manifest.json"):
+        return convert.read(source)
+    found = find_checkpoint(path)
+    try:
+        with contextlib.closing(Reader(found)) as reader:
+            return {name: reader.full(name) for name in reader.state["parameters"]}
+    except Damaged as damage:
+        raise UserError(f"{found}: {damage}") from None
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint meant by a run directory or a checkpoint directory; a collective.
+
+    Raises UserError where there is no valid one.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such run or checkpoint directory")
+    if os.path.lexists(source / "manifest.json"):
+        problem = checkpoint.verify_together(source)
+        if problem:
+            raise UserError(f"{source}: {problem}")
+        return source
+    found, skipped = checkpoint.newest_valid(source / "checkpoints")
+    if found is None:
+        raise UserError(f"{source} holds no valid checkpoint{': ' + skipped[0] if skipped else ''}")
+    return found
+
+
+def work_per_image(settings: config.Config, student: Any, teacher_flops: int = 0) -> Work:
+    """FLOPs of training on one image, for MFU. teacher_flops: multiply-adds of a teacher that runs beside."""
+    size = (settings.data.image_size,) * 2
+    forward = 2 * student.flops(size)
+    kinds = memory.per_stage(settings.memory.checkpoint, student.depths, "memory.checkpoint")
+    # Blocks of a stage are alike, and in these networks stages cost nearly the same per block.
+    recomputed = forward * sum(kind != "none" for kind in kinds) // len(kinds)
+    return Work(student=3 * forward, teacher=2 * teacher_flops, recomputed=recomputed)
