@@ -44,6 +44,7 @@ class Parts:
 
 def assemble(settings: config.Config, world: int) -> Parts:
     """Check and build everything that needs no process group; raises UserError before anything is written."""
+    config.check_verb(settings, "distill")
     inputs = open_inputs(settings, world)
     settings = inputs.settings
     teacher = load_teacher(
@@ -131,7 +132,7 @@ def training_target(parts: Parts, batch: dict[str, Any], images: Tensor) -> Tens
 
 def train_stream(parts: Parts, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
     """This rank's micro-batches of training views of the samples start .. stop - 1."""
-    return training_batches(parts.settings, training_samples(parts.inputs), start, stop, parts.cached)
+    return training_batches(parts.inputs, training_samples(parts.inputs), start, stop, parts.cached)
 
 
 def numbered_stream(parts: Parts, numbers: Iterable[list[int]]) -> Generator[dict[str, Any], None, None]:

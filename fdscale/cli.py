@@ -34,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fdscale {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _distill(verbs)
+    _finetune(verbs)
     _submit(verbs)
     _cache(verbs)
     _export(verbs)
@@ -67,6 +68,21 @@ def _distill(verbs: argparse._SubParsersAction) -> None:
     sub = _verb(
         verbs, "distill", "fdscale.distill:main", "train a student on the features of a frozen teacher", example
     )
+    _training(sub)
+
+
+def _finetune(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale finetune finetune_clip_vit_base_300 --run runs/clip-b-ft --ds ds_configs/zero1.json \\\n"
+        "    --set student.weights=runs/clip-b --set data.shards='/data/imagenet/train-{0000..0639}.tar' \\\n"
+        "    --set data.heldout_shards=/data/imagenet/val\n"
+        "  student.weights: a run of `fdscale distill`, or a file. The same command again goes on where it stopped."
+    )
+    text = "train a distilled student as a classifier of images"
+    _training(_verb(verbs, "finetune", "fdscale.finetune:main", text, example))
+
+
+def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
     sub.add_argument("--steps", type=int, metavar="N", help="stop after step N; the schedule keeps its shape")
@@ -322,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # torchrun's own parser stumbles over --run (it has --run-path) on Python 3.11, unless `--` stands before the verb.
     arguments = vars(parser().parse_args(words[1:] if words[:1] == ["--"] else words))
-    if arguments["verb"] == "distill" and argv is None:
+    if arguments["verb"] in ("distill", "finetune") and argv is None:
         signals.leave_at_once()
     for key in ("verb", "what"):
         arguments.pop(key, None)

@@ -45,7 +45,6 @@ def distill(
     resume: str | None = None,
 ) -> int:
     """Run or continue a distillation; returns the process's exit code."""
-    config.check_verb(settings, "distill")
     return run_job(
         lambda: Distillation(assemble(settings, dist.world())), directory, ds=ds, stop_at=stop_at, resume=resume
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import torch
@@ -19,14 +19,21 @@ from fdscale.data.augment import train_view
 from fdscale.data.index import Index, open_index
 from fdscale.data.mixture import Joined, Mixture, quotas
 from fdscale.data.order import Order, check_world, default_lanes
+from fdscale.data.randaugment import augmented_view
 from fdscale.data.shard_cache import GIB, ShardCache
 from fdscale.data.sources import Settings
 from fdscale.data.stream import Complete, Samples, batches, evaluation_batches
 from fdscale.engine.ds_config import accumulation
 
+Statistics = tuple[float, float, float]
 # A network's input, RGB: the ImageNet statistics that torchvision, timm and the official repository use.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+MEAN: Statistics = (0.485, 0.456, 0.406)
+STD: Statistics = (0.229, 0.224, 0.225)
+# Mean and standard deviation of OpenAI's CLIP, with which the official repository evaluates what it has fine-tuned.
+CLIP_STATISTICS: tuple[Statistics, Statistics] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Inputs:
     settings: config.Config  # with all lengths in steps
     index: Index | Joined
     order: Order | Mixture
+    together: int  # consecutive samples that stay in one micro-batch
 
     def identity(self) -> dict[str, Any]:
         """What fixes the trajectory in every task, as plain data: kept in every checkpoint and compared at resume."""
@@ -46,7 +54,7 @@ class Inputs:
         }
 
 
-def open_inputs(settings: config.Config, world: int) -> Inputs:
+def open_inputs(settings: config.Config, world: int, together: int = 1) -> Inputs:
     """Check and open everything about data that needs no process group. Raises UserError."""
     if not settings.data.shards:
         raise UserError(
@@ -63,7 +71,7 @@ def open_inputs(settings: config.Config, world: int) -> Inputs:
     )
     if settings.optim.batch_size % lanes:
         raise UserError(f"data.lanes {lanes} does not divide optim.batch_size {settings.optim.batch_size}")
-    check_world(lanes, world)
+    check_world(lanes, world, together)
     span = span_of(settings, index.samples)
     order: Order | Mixture
     if settings.data.weights is None:
@@ -71,7 +79,7 @@ def open_inputs(settings: config.Config, world: int) -> Inputs:
     else:
         counts = [one.counts for one in sets]
         order = Mixture(counts, settings.data.weights, settings.data.seed, lanes, settings.data.block, span)
-    return Inputs(settings, index, order)
+    return Inputs(settings, index, order, together)
 
 
 def span_of(settings: config.Config, samples_per_epoch: int) -> int | None:
@@ -119,10 +127,12 @@ def shard_cache(data: keys.Data) -> ShardCache:
     )
 
 
-def training_samples(inputs: Inputs) -> Samples:
-    """The training views by number."""
+def training_samples(
+    inputs: Inputs, augment: Callable[[Tensor, int], Tensor] | None = None, classes: int | None = None
+) -> Samples:
+    """The training views by number. augment: of a view, by its number. classes: see `Samples`."""
     data = inputs.settings.data
-    view = functools.partial(
+    view: Callable[..., Tensor] = functools.partial(
         train_view,
         seed=data.seed,
         size=data.image_size,
@@ -132,13 +142,16 @@ def training_samples(inputs: Inputs) -> Samples:
         flip=data.flip,
         decoding=data.decode,
     )
-    return Samples(inputs.index, inputs.order, view)
+    if augment is not None:
+        view = functools.partial(augmented_view, view=view, augment=augment)
+    return Samples(inputs.index, inputs.order, view, classes)
 
 
 def training_batches(
-    settings: config.Config, samples: Samples, start: int, stop: int, complete: Complete | None = None
+    inputs: Inputs, samples: Samples, start: int, stop: int, complete: Complete | None = None
 ) -> Generator[dict[str, Any], None, None]:
     """This rank's micro-batches of the samples start .. stop - 1; see `data.stream.batches`."""
+    settings = inputs.settings
     return batches(
         samples,
         batch_size=settings.optim.batch_size,
@@ -151,10 +164,13 @@ def training_batches(
         prefetch=settings.data.prefetch,
         pin_memory=torch.cuda.is_available(),
         complete=complete,
+        together=inputs.together,
     )
 
 
-def heldout_batches(settings: config.Config, index: Index, view: Any) -> Iterator[dict[str, Any]]:
+def heldout_batches(
+    settings: config.Config, index: Index, view: Callable[[bytes], Tensor], classes: int | None = None
+) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of views of the held-out samples, each exactly once over all ranks."""
     return evaluation_batches(
         index,
@@ -165,6 +181,7 @@ def heldout_batches(settings: config.Config, index: Index, view: Any) -> Iterato
         world=dist.world(),
         workers=settings.data.workers,
         pin_memory=torch.cuda.is_available(),
+        classes=classes,
     )
 
 
@@ -173,13 +190,12 @@ def to_device(images: Tensor) -> Tensor:
     return images.to(dist.device(), non_blocking=True).float() / 255
 
 
-def normalise(images: Tensor, dtype: torch.dtype) -> Tensor:
+def normalise(images: Tensor, dtype: torch.dtype, mean: Statistics = MEAN, std: Statistics = STD) -> Tensor:
     """(B, 3, H, W) RGB in [0, 1], float32 -> a network's input."""
-    mean, std = _statistics(images.device)
-    return ((images - mean) / std).to(dtype)
+    return ((images - _on(images.device, mean)) / _on(images.device, std)).to(dtype)
 
 
-@functools.lru_cache(maxsize=8)
-def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    """MEAN and STD on a device, (3, 1, 1); made once, since making them waits for the device."""
-    return torch.tensor(MEAN, device=device).view(3, 1, 1), torch.tensor(STD, device=device).view(3, 1, 1)
+@functools.lru_cache(maxsize=16)
+def _on(device: torch.device, statistics: Statistics) -> Tensor:
+    """Statistics on a device, (3, 1, 1); made once, since making them waits for the device."""
+    return torch.tensor(statistics, device=device).view(3, 1, 1)

@@ -7,7 +7,7 @@ beyond the model's parameters:
 | source           | known by                                         | may be left over                               |
 |------------------|--------------------------------------------------|------------------------------------------------|
 | fdscale          | the model's names and nothing else               | nothing                                        |
-| deepspeed        | `backbone.` (a Distiller) or `module.` in front  | projector, head                                |
+| deepspeed        | `backbone.` (ours, in training) or `module.`     | projector, head, fc_norm                       |
 | official-swin-v2 | `cpb_mlp` with buffers or a head                 | buffers, head                                  |
 | timm-swin-v2     | `cpb_mlp`, first downsample in `layers.1`        | buffers, head                                  |
 | fd-swin-v2       | `rpe_mlp`; `encoder.` unless fine-tuned          | buffers, head, decoder, feature_model          |
@@ -49,7 +49,7 @@ HEAD, DECODER, TEACHER = r"head\..+", r"decoder\..+", r"feature_model\..+"
 
 MAY_BE_LEFT_OVER: dict[str, tuple[str, ...]] = {  # source -> patterns of names (whole names)
     "fdscale": (),
-    "deepspeed": (r"projector\..+", HEAD),
+    "deepspeed": (r"projector\..+", HEAD, r"fc_norm\..+"),
     "official-swin-v2": (BUFFERS, HEAD),
     "timm-swin-v2": (BUFFERS, HEAD),
     "fd-swin-v2": (BUFFERS, HEAD, DECODER, TEACHER),
