@@ -45,9 +45,11 @@ def _print_list(json: bool) -> None:
         rows.append(
             {
                 "recipe": name,
+                "task": config.task_of(settings),
                 "student": settings.student.model,
                 "parameters": parameters(settings),
-                "teacher": settings.teacher.source,
+                "teacher": settings.teacher.source or None,
+                "classes": settings.classify.classes,
                 "image_size": settings.data.image_size,
                 "batch_size": settings.optim.batch_size,
                 "length": f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.steps} steps",
@@ -58,13 +60,12 @@ def _print_list(json: bool) -> None:
         print(json_module.dumps(rows, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "parameters", "teacher", "px", "batch", "length"):
+    for column in ("recipe", "parameters", "learns from", "px", "batch", "length"):
         table.add_column(column, justify="right" if column in ("parameters", "px", "batch") else "left", no_wrap=True)
     for row in rows:
         count = f"{row['parameters']:,}"
-        table.add_row(
-            row["recipe"], count, row["teacher"], str(row["image_size"]), str(row["batch_size"]), row["length"]
-        )
+        source = row["teacher"] or f"labels of {row['classes']} classes"
+        table.add_row(row["recipe"], count, source, str(row["image_size"]), str(row["batch_size"]), row["length"])
     Console(width=140, highlight=False).print(table)
     print(
         "\n`fdscale recipes NAME` shows one with its source, command and expected result; `fdscale recipes --keys` "

@@ -35,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _distill(verbs)
     _finetune(verbs)
+    _evaluate(verbs)
     _submit(verbs)
     _cache(verbs)
     _export(verbs)
@@ -90,6 +91,26 @@ def _training(sub: argparse.ArgumentParser) -> None:
     ds = "DeepSpeed JSON: ZeRO stage, offload, precision (default: ZeRO 0 in float32)"
     sub.add_argument("--ds", metavar="FILE", help=ds)
     sub.add_argument("--resume", metavar="CHECKPOINT", help="start a new run from another run's checkpoint directory")
+
+
+def _evaluate(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale evaluate runs/clip-b-ft --set data.heldout_shards=/data/imagenet/val\n"
+        "  With torchrun or srun, ranks share the work; the result is the same. Weights of others, by a recipe:\n"
+        "  fdscale evaluate finetune_clip_vit_base_300 --weights clip_b_ft.pth --set data.heldout_shards=..."
+    )
+    text = "measure a classifier's accuracy on the held-out set, each image once"
+    sub = _verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)
+    where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
+    sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
+    sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")
+    sub.add_argument("--weights", metavar="FILE", help="take a whole classifier's weights from a file")
+    _set(sub)
+    sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the network")
+    to = "JSON file to write, with the accuracy of each class (default: RUN/evaluation/STEP.json)"
+    sub.add_argument("--out", metavar="FILE", help=to)
+    sub.add_argument("--json", action="store_true", help="print it, too")
 
 
 def _submit(verbs: argparse._SubParsersAction) -> None:

@@ -46,17 +46,15 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         tree = read_yaml(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    config = section(Config, tree if tree is not None else {}, "", str(path))
-    for text in overrides:
-        config = _override(config, text)
-    check(config, f"{path}{' with --set' if overrides else ''}")
-    return config
+    return from_dict(tree if tree is not None else {}, str(path), overrides)
 
 
-def from_dict(tree: dict[str, Any], where: str) -> Config:
+def from_dict(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
     """The config of `as_dict` back, with the same checks as a recipe."""
     config = section(Config, tree, "", where)
-    check(config, where)
+    for text in overrides:
+        config = _override(config, text)
+    check(config, f"{where}{' with --set' if overrides else ''}")
     return config
 
 

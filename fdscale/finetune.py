@@ -14,11 +14,10 @@ from fdscale import UserError, config, dist, student
 from fdscale.data.mixing import Mixing, erase, mixed_images, mixed_targets
 from fdscale.data.randaugment import RandAugment
 from fdscale.engine.metrics import Work
-from fdscale.evaluate import HeldOut
+from fdscale.evaluate import HeldOut, build_classifier
 from fdscale.inputs import MEAN, normalise, open_inputs, to_device, training_batches, training_samples
 from fdscale.job import run_job
 from fdscale.run import Run
-from fdscale.tasks.classification import Classifier
 
 PAIR = 2  # samples that are mixed with each other
 
@@ -42,14 +41,6 @@ def finetune(
     config.check_verb(settings, "finetune")
     build = functools.partial(Classification, settings, dist.world())
     return run_job(build, directory, ds=ds, stop_at=stop_at, resume=resume)
-
-
-def build_classifier(settings: config.Config) -> Classifier:
-    """The backbone and its head, on the meta device."""
-    classify, backbone = settings.classify, student.build(settings)
-    assert classify.classes is not None
-    with torch.device("meta"):
-        return Classifier(backbone, classify.classes, classify.head_scale)
 
 
 class Classification:

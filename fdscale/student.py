@@ -16,6 +16,7 @@ from fdscale.engine import checkpoint, memory
 from fdscale.engine.contents import Damaged
 from fdscale.engine.metrics import Work
 from fdscale.engine.reader import Reader
+from fdscale.engine.state import EMA
 from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.models.layers import initial_value
@@ -51,19 +52,30 @@ def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch
 
 
 def read_weights(source: str) -> dict[str, Tensor]:
-    """The weights in a file or a directory of safetensors, a run directory, or one checkpoint directory of a run.
-
-    Of a run, those of the newest valid checkpoint. Raises UserError where there are none.
-    """
+    """The weights in a file or a directory of safetensors, or of a run: those of its newest valid checkpoint."""
     path = Path(source)
-    if not (path / "checkpoints").is_dir() and not os.path.lexists(path / "manifest.json"):
-        return convert.read(source)
-    found = find_checkpoint(path)
+    return read_checkpoint(find_checkpoint(path)) if is_run(path) else convert.read(source)
+
+
+def read_checkpoint(found: Path, averaged: bool = False) -> dict[str, Tensor]:
+    """All weights of a checkpoint, or their averages; those of parameters that were frozen have none.
+
+    Raises UserError where it is damaged or holds no average.
+    """
     try:
         with contextlib.closing(Reader(found)) as reader:
-            return {name: reader.full(name) for name in reader.state["parameters"]}
+            if averaged and EMA not in reader.state["keys"]:
+                raise UserError(f"{found} holds no average of the weights: the run had no optim.ema")
+            key = EMA if averaged else "fp32"
+            names = reader.state["parameters"]
+            return {name: reader.full(name, key if key in reader.keys(name) else "fp32") for name in names}
     except Damaged as damage:
         raise UserError(f"{found}: {damage}") from None
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run directory or a checkpoint directory, and no weight file."""
+    return (path / "checkpoints").is_dir() or os.path.lexists(path / "manifest.json")
 
 
 def find_checkpoint(source: Path) -> Path:

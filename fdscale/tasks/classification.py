@@ -94,7 +94,7 @@ class Tally:
         self._rows = torch.zeros(samples, 4, dtype=torch.float64, device=dist.device())  # counted, label, place, loss
 
     def add(self, numbers: Tensor, labels: Tensor, scores: Tensor, weights: Tensor) -> None:
-        """Account a micro-batch: scores (B, K), and on the CPU numbers, labels and weights (B,); only weight 1 counts."""
+        """Account a micro-batch: scores (B, K), and on the CPU numbers, labels, and weights (B,) of 1 or 0."""
         kept, device = weights.nonzero()[:, 0], self._rows.device
         numbers, labels, scores = numbers[kept].to(device), labels[kept].to(device), scores[kept.to(device)].float()
         rows = torch.stack([torch.ones_like(labels), labels, places(scores, labels)], 1).double()
