@@ -74,7 +74,7 @@ def _distill(verbs: argparse._SubParsersAction) -> None:
 
 def _finetune(verbs: argparse._SubParsersAction) -> None:
     example = (
-        "fdscale finetune finetune_clip_vit_base_300 --run runs/clip-b-ft --ds ds_configs/zero1.json \\\n"
+        "fdscale finetune clip_vit_base_300_finetune --run runs/clip-b-ft --ds ds_configs/zero1.json \\\n"
         "    --set student.weights=runs/clip-b --set data.shards='/data/imagenet/train-{0000..0639}.tar' \\\n"
         "    --set data.heldout_shards=/data/imagenet/val\n"
         "  student.weights: a run of `fdscale distill`, or a file. The same command again goes on where it stopped."
@@ -97,7 +97,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     example = (
         "fdscale evaluate runs/clip-b-ft --set data.heldout_shards=/data/imagenet/val\n"
         "  With torchrun or srun, ranks share the work; the result is the same. Weights of others, by a recipe:\n"
-        "  fdscale evaluate finetune_clip_vit_base_300 --weights clip_b_ft.pth --set data.heldout_shards=..."
+        "  fdscale evaluate clip_vit_base_300_finetune --weights clip_b_ft.pth --set data.heldout_shards=..."
     )
     text = "measure a classifier's accuracy on the held-out set, each image once"
     sub = _verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)

@@ -184,20 +184,8 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    names = (
-        "run",
-        "state",
-        "step",
-        "saved",
-        "loss",
-        "held-out",
-        "top-1",
-        "images/s",
-        "restarts",
-        "goodput",
-        "the rest",
-    )
-    for name in names:
+    numbers = ("step", "saved", "loss", "held-out", "top-1", "images/s", "restarts", "goodput")
+    for name in ("run", "state", *numbers, "the rest"):
         table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         table.add_row(
