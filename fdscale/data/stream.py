@@ -218,7 +218,7 @@ class _Slots:
     """The numbers of one rank's micro-batches, in order."""
 
     def __init__(
-        self, batch_size: int, micro_batch: int, rank: int, world: int, start: int, stop: int | None, together: int
+        self, batch_size: int, micro_batch: int, rank: int, world: int, start: int, stop: int | None, together: int = 1
     ) -> None:
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
         self.start, self.stop, self.together = start, stop, together
