@@ -137,7 +137,8 @@ def _submit(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--after", metavar="JOBID", help="start once that job is done; if it fails, never")
     array = "a job array: each line of the file holds overrides, such as optim.lr=1e-3; line K runs in DIR/K, K from 0"
     sub.add_argument("--array", metavar="FILE", help=array)
-    sub.add_argument("--verb", dest="script", default="distill", metavar="VERB", help="what to run (default: distill)")
+    verb = "what to run: distill, finetune or evaluate (default: distill)"
+    sub.add_argument("--verb", dest="script", default="distill", metavar="VERB", help=verb)
     sub.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
     rest = "everything after it goes to sbatch, for example --sbatch --exclusive --mem=0"
     sub.add_argument("--sbatch", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help=rest)
@@ -361,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(parser().parse_args(words[1:] if words[:1] == ["--"] else words))
     if arguments["verb"] in ("distill", "finetune") and argv is None:
         signals.leave_at_once()
+    elif arguments["verb"] == "evaluate" and argv is None:
+        signals.leave_at_once("in an evaluation")
     for key in ("verb", "what"):
         arguments.pop(key, None)
     module, _, function = arguments.pop("target").partition(":")

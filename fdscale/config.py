@@ -24,6 +24,7 @@ from fdscale import UserError
 from fdscale.keys import Config
 from fdscale.strict import hints_of, nearest, read_yaml, section, value_of
 
+VERBS = {"distill": "distill", "cache": "distill", "finetune": "finetune", "evaluate": "finetune"}  # and their tasks
 UNUSED = {"distill": ("classify",), "finetune": ("teacher", "objective", "cache")}  # sections that a task leaves aside
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -112,17 +113,23 @@ def task_of(config: Config) -> str:
 
 
 def check_verb(config: Config, verb: str) -> None:
-    """Raise UserError where a verb that trains or evaluates is given a recipe of another kind."""
-    if verb == "distill" and task_of(config) != "distill":
+    """Raise UserError where a verb is given a recipe of another kind."""
+    task, wanted = task_of(config), VERBS.get(verb)
+    if wanted == "distill" and task != wanted:
         raise UserError(
             f"the recipe is for fine-tuning (classify.classes is {config.classify.classes}): run it with `fdscale "
             "finetune`, or set classify.classes=null"
         )
-    if verb != "distill" and task_of(config) == "distill":
+    if wanted == "finetune" and task != wanted:
         raise UserError(
             f"the recipe is for distillation (classify.classes is not set), and `fdscale {verb}` needs the number of "
             "classes: take a recipe for fine-tuning (`fdscale recipes`), or --set classify.classes=1000"
         )
+
+
+def together(config: Config) -> int:
+    """Consecutive samples that must be in one micro-batch: fine-tuning mixes pairs (`data.mixing`)."""
+    return 2 if task_of(config) == "finetune" else 1
 
 
 def check(config: Config, where: str) -> None:
@@ -145,6 +152,11 @@ def check(config: Config, where: str) -> None:
         )
     if task_of(config) == "finetune" and cache.epochs is not None:
         raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
+    if config.memory.micro_batch % together(config):
+        raise UserError(
+            f"{where}: memory.micro_batch is {config.memory.micro_batch}; fine-tuning mixes samples in pairs and needs "
+            "an even number"
+        )
     for name in ("scale", "ratio"):
         low, high = getattr(config.data, name)
         if not 0 < low <= high:

@@ -51,7 +51,7 @@ def main(
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     state = student.read_checkpoint(found, averaged=ema) if found is not None else convert.read(str(weights))
-    classifier = build_classifier(settings)
+    classifier = student.build_classifier(settings, student.build(settings))
     loaded = trained_values(settings, classifier, state)
     precision = getattr(torch, dtype)
     materialise(classifier, lambda name, shape: loaded[name], precision, dist.device())
@@ -105,7 +105,7 @@ def trained_values(settings: config.Config, classifier: Classifier, state: dict[
 
     Raises UserError where the backbone's do not fit, or norm or head are missing or of other classes.
     """
-    backbone = student.build(settings)
+    backbone = student.backbone(settings)
     convert.load(backbone, state)
     values = {f"{student.PREFIX}{name}": parameter.detach() for name, parameter in backbone.named_parameters()}
     for name, parameter in classifier.named_parameters():
@@ -190,14 +190,6 @@ def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
     )
     if out is not None:
         print(f"per class: {out}")
-
-
-def build_classifier(settings: config.Config) -> Classifier:
-    """The backbone and its head, on the meta device."""
-    classify, backbone = settings.classify, student.build(settings)
-    assert classify.classes is not None
-    with torch.device("meta"):
-        return Classifier(backbone, classify.classes, classify.head_scale)
 
 
 class HeldOut:

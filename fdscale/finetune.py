@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdscale import UserError, config, dist, student
+from fdscale import config, dist, student
 from fdscale.data.mixing import Mixing, erase, mixed_images, mixed_targets
 from fdscale.data.randaugment import RandAugment
 from fdscale.engine.metrics import Work
-from fdscale.evaluate import HeldOut, build_classifier
+from fdscale.evaluate import HeldOut
 from fdscale.inputs import MEAN, normalise, open_inputs, to_device, training_batches, training_samples
 from fdscale.job import run_job
 from fdscale.run import Run
-
-PAIR = 2  # samples that are mixed with each other
 
 
 def main(recipe: str, run: str, steps: int | None, set: list[str], ds: str | None, resume: str | None) -> int:
@@ -47,13 +45,8 @@ class Classification:
     """The task of `fdscale.job`: labels from the shards, mixed in pairs."""
 
     def __init__(self, settings: config.Config, world: int):
-        if settings.memory.micro_batch % PAIR:
-            raise UserError(
-                f"memory.micro_batch is {settings.memory.micro_batch}; fine-tuning mixes samples in pairs and needs an "
-                "even number"
-            )
-        self.inputs = open_inputs(settings, world, PAIR)
-        self.module = build_classifier(settings)
+        self.inputs = open_inputs(settings, world)
+        self.module = student.build_classifier(settings, student.build(settings))
         self._data, self._classify = settings.data, settings.classify
         self._augment = None
         if settings.classify.randaugment is not None:

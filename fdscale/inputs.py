@@ -43,7 +43,6 @@ class Inputs:
     settings: config.Config  # with all lengths in steps
     index: Index | Joined
     order: Order | Mixture
-    together: int  # consecutive samples that stay in one micro-batch
 
     def identity(self) -> dict[str, Any]:
         """What fixes the trajectory in every task, as plain data: kept in every checkpoint and compared at resume."""
@@ -54,7 +53,7 @@ class Inputs:
         }
 
 
-def open_inputs(settings: config.Config, world: int, together: int = 1) -> Inputs:
+def open_inputs(settings: config.Config, world: int) -> Inputs:
     """Check and open everything about data that needs no process group. Raises UserError."""
     if not settings.data.shards:
         raise UserError(
@@ -71,7 +70,7 @@ def open_inputs(settings: config.Config, world: int, together: int = 1) -> Input
     )
     if settings.optim.batch_size % lanes:
         raise UserError(f"data.lanes {lanes} does not divide optim.batch_size {settings.optim.batch_size}")
-    check_world(lanes, world, together)
+    check_world(lanes, world, config.together(settings))
     span = span_of(settings, index.samples)
     order: Order | Mixture
     if settings.data.weights is None:
@@ -79,7 +78,7 @@ def open_inputs(settings: config.Config, world: int, together: int = 1) -> Input
     else:
         counts = [one.counts for one in sets]
         order = Mixture(counts, settings.data.weights, settings.data.seed, lanes, settings.data.block, span)
-    return Inputs(settings, index, order, together)
+    return Inputs(settings, index, order)
 
 
 def span_of(settings: config.Config, samples_per_epoch: int) -> int | None:
@@ -164,7 +163,7 @@ def training_batches(
         prefetch=settings.data.prefetch,
         pin_memory=torch.cuda.is_available(),
         complete=complete,
-        together=inputs.together,
+        together=config.together(settings),
     )
 
 

@@ -1,4 +1,4 @@
-"""The student network of a config: built on the meta device, its first weights, what it computes."""
+"""The student network of a config, alone or as a classifier: built on the meta device, its weights, what it costs."""
 
 from __future__ import annotations
 
@@ -20,26 +20,37 @@ from fdscale.engine.state import EMA
 from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.models.layers import initial_value
+from fdscale.tasks.classification import Classifier
 
 PREFIX = "backbone."  # of the student's parameters in the module that is trained, and in its checkpoints
 
 
-def build(settings: config.Config) -> Any:
-    """The backbone, on the meta device, with its memory policies and the seed of its drop path."""
+def backbone(settings: config.Config) -> Any:
+    """The network alone, on the meta device."""
     with torch.device("meta"):
-        student = build_backbone(
-            settings.student.model, {"img_size": settings.data.image_size, **settings.student.args}
-        )
+        return build_backbone(settings.student.model, {"img_size": settings.data.image_size, **settings.student.args})
+
+
+def build(settings: config.Config) -> Any:
+    """The backbone to compute with: with its memory policies and the seed of its drop path."""
+    student = backbone(settings)
     student.drop_path_seed = settings.student.seed
     memory.apply(student, settings.memory.checkpoint, settings.memory.attention_chunk)
     return student
+
+
+def build_classifier(settings: config.Config, student: Any) -> Classifier:
+    """A backbone with a head for `classify.classes`, on the meta device."""
+    assert settings.classify.classes is not None
+    with torch.device("meta"):
+        return Classifier(student, settings.classify.classes, settings.classify.head_scale)
 
 
 def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
     """First value of every parameter: from `student.weights` where there are any, else random by seed and name."""
     loaded: dict[str, Tensor] = {}
     if settings.student.weights:
-        holder = build(settings)
+        holder = backbone(settings)
         convert.load(holder, read_weights(settings.student.weights))
         loaded = {f"{PREFIX}{name}": parameter.detach() for name, parameter in holder.named_parameters()}
 

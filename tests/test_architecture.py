@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "train": {"engine", "run", "keys", "dist"},
     "recovery": {"train", "engine", "run", "dist"},
     "inputs": {"config", "keys", "data", "dist", "engine"},
-    "student": {"config", "models", "engine"},
+    "student": {"config", "models", "engine", "tasks"},
     "job": {"config", "data", "dist", "engine", "inputs", "recovery", "run", "starts", "train"},
     "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data"},
