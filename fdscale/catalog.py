@@ -5,12 +5,10 @@ from __future__ import annotations
 import json as json_module
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from fdscale import config
-from fdscale.models import backbone as build_backbone
+from fdscale import config, student
 
 
 def main(recipe: str | None, keys: bool, json: bool) -> int:
@@ -30,11 +28,7 @@ def main(recipe: str | None, keys: bool, json: bool) -> int:
 
 def parameters(settings: config.Config) -> int:
     """Number of parameters of the student's backbone, counted on the meta device."""
-    with torch.device("meta"):
-        student = build_backbone(
-            settings.student.model, {"img_size": settings.data.image_size, **settings.student.args}
-        )
-    return sum(parameter.numel() for parameter in student.parameters())
+    return sum(parameter.numel() for parameter in student.backbone(settings).parameters())
 
 
 def _print_list(json: bool) -> None:

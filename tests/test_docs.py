@@ -41,7 +41,7 @@ def commands(text: str) -> list[str]:
         line = line.split("  #")[0].strip()
         match = re.search(
             r"(?:^|\s)(?:fdscale|fdscale\.cli --) "
-            r"((?:distill|submit|cache|export|runs|recipes|doctor|shards|bench)\b.*)",
+            r"((?:distill|finetune|evaluate|submit|cache|export|runs|recipes|doctor|shards|bench)\b.*)",
             line,
         )
         if match:
@@ -62,7 +62,7 @@ def test_commands_parse(page: Path) -> None:
             or (words[0] == "submit" and "--time" not in words)
         ):
             continue  # a synopsis
-        if words[0] in ("distill", "submit") and "--run" not in words:
+        if words[0] in ("distill", "finetune", "submit") and "--run" not in words:
             words += ["--run", "x"]
         arguments = cli.parser().parse_args(words)
         for setting in getattr(arguments, "set", None) or []:
