@@ -47,7 +47,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of shards of scikit-learn's digits: train, 360 of them, and heldout, 101 others and 2 broken ones."""
+    """A folder of shards of scikit-learn's digits: train, 1200 of them, and heldout, 101 others and 2 broken ones."""
     from PIL import Image
     from sklearn.datasets import load_digits
 
@@ -55,8 +55,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from fdscale.data.shards import make
 
     folder, digits = tmp_path_factory.mktemp("digits"), load_digits()
-    for number in range(461):
-        part, label = ("train" if number < 360 else "heldout"), str(digits.target[number])
+    for number in range(1301):
+        part, label = ("train" if number < 1200 else "heldout"), str(digits.target[number])
         path = folder / "photos" / part / label / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[number] * 255 / 16).astype("uint8")).save(path)
