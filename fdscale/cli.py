@@ -1,8 +1,8 @@
 """The command line: one verb per thing a person wants. No logic here, and nothing heavy is imported before a verb runs.
 
-Exit codes: 0 done, 1 a bug (with traceback), 2 something to put right (one line), 3 the loss diverged, 75 stopped by a
-signal, after saving where there was anything new (start the same command again to go on), 76 another start has taken
-the run over, 130 Ctrl-C (while training: the second).
+Exit codes: 0 done, 1 a bug (with traceback), 2 something to put right (one line), 3 the loss diverged, 74 a step hung,
+75 stopped by a signal, after saving where there was anything new (start the same command again to go on), 76 another
+start has taken the run over, 130 Ctrl-C (while training: the second).
 """
 
 from __future__ import annotations
@@ -188,6 +188,8 @@ def _runs(verbs: argparse._SubParsersAction) -> None:
     sub = _verb(verbs, "runs", "fdscale.runs:main", text, "fdscale runs /scratch/runs --json")
     where = "run directories, or directories that hold some (default: runs)"
     sub.add_argument("directories", nargs="*", default=["runs"], metavar="DIR", help=where)
+    slow = "how fast each rank is, the slowest first: the 50th, 95th and 100th percentile of the last steps"
+    sub.add_argument("--ranks", action="store_true", help=slow)
     sub.add_argument("--json", action="store_true", help="machine-readable output")
 
 

@@ -18,6 +18,9 @@ import torch.distributed as torch_dist
 
 from fdscale import UserError
 
+# PyTorch's record of each rank's last collectives; the watchdog writes it down, and so does NCCL when one times out.
+FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "20000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+
 _host_group: Any = None  # gloo group of all ranks; the default group where that is gloo already
 
 
@@ -93,6 +96,8 @@ def init(timeout_s: float = 1800.0) -> None:
         return
     env = _environment()
     cuda = torch.cuda.is_available()
+    for key, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(key, value)
     timeout = datetime.timedelta(seconds=timeout_s)
     if env:
         missing = [key for key in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in env]
@@ -124,6 +129,17 @@ def _choose_gpu() -> None:
     elif local_rank() >= visible:
         raise UserError(f"local rank {local_rank()} has no GPU: {visible} are visible; start one rank per GPU")
     torch.cuda.set_device(device())
+
+
+def store() -> Any:
+    """The store over which the ranks found each other, by a connection of its own; None for a single rank.
+
+    What a thread asks there delays nobody, and needs no collective.
+    """
+    if world() == 1 or not torch_dist.is_initialized():
+        return None
+    default = torch_dist.distributed_c10d._get_default_store().clone()
+    return torch_dist.PrefixStore("fdscale", default)
 
 
 def close() -> None:

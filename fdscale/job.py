@@ -29,6 +29,7 @@ from fdscale.recovery import Recovery
 from fdscale.run import Run
 from fdscale.starts import Clock
 from fdscale.train import TrainState, train
+from fdscale.watchdog import SLACK
 
 DONE, DIVERGED, STOPPED, FENCED = 0, 3, 75, 76  # exit codes, see docs/running.md
 
@@ -130,8 +131,10 @@ def _work(run: Run, task: Task, room: Room, ds_config: dict[str, Any], stop_at: 
     detours = Detours(run.directory)
     _forget_abandoned(room, detours, settings)
     run.clock.mark("build")
+    run.watchdog.at("verifying checkpoints")
     start = open_checkpoint(run, resume)
     run.clock.mark("load")
+    run.watchdog.at("building the engine")
     if start is not None:
         checkpoint.check_identity(checkpoint.read_state(start)["identity"], wanted, start)
     optim, schedule = settings.optim, settings.schedule
@@ -151,6 +154,7 @@ def _work(run: Run, task: Task, room: Room, ds_config: dict[str, Any], stop_at: 
         average=optim.ema,
     )
     run.clock.mark("build")
+    run.watchdog.at("loading")
     state = TrainState(*checkpoint.load(engine, start, wanted)) if start is not None else TrainState()
     guard = Guard(settings.guard, optim.batch_size)
     guard.restart(state.step, state.samples, checkpoint.read_state(start).get("guard", {}) if start is not None else {})
@@ -246,6 +250,7 @@ def _train(
 
     evaluate = task.evaluation(run, dtype)
     run.clock.mark("build")
+    run.watchdog.begin("evaluation", SLACK)
     if state.step == 0 and last > 0 and (record := evaluate(engine)):
         run.log({"step": 0, "samples": 0, **record})
         run.clock.mark("evaluation")

@@ -254,7 +254,7 @@ class Save:
 
 @dataclass(frozen=True)
 class Guard:
-    """When training that goes wrong goes back to an earlier checkpoint."""
+    """When training that goes wrong goes back to an earlier checkpoint, and when it is given up as hung."""
 
     spike: float = option(
         3.0, "a loss above so many times the median of the window is a spike; 0: off", low=0.0, neutral=True
@@ -263,6 +263,13 @@ class Guard:
     window: int = option(100, "steps whose median loss is the usual one", low=1, neutral=True)
     skips: int = option(10, "skipped steps in a row that are borne; more make the run go back", low=0, neutral=True)
     rollbacks: int = option(3, "times that a run goes back; then it ends as diverged", low=0, neutral=True)
+    step_limit_s: float = option(
+        900.0,
+        "seconds: a step that takes longer hangs; the run names the rank that is late and ends, for a requeue to go "
+        "on; 5 times as long for the start, evaluations, rollbacks and the last save; 0: never",
+        low=0.0,
+        neutral=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from fdscale import UserError, config, dist, starts
 from fdscale.signals import Stop
 from fdscale.sinks import JsonLines, TensorBoard, Wandb, line_of
 from fdscale.starts import write_atomically
+from fdscale.watchdog import SLACK, Watchdog
 
 TOLD = ("stop", "fenced", "lost", "written", "judged", "loss", "skipped", "void")  # what ranks tell at every step
 SPACES = {ord(sign): " " for sign in "\t\n\r"}  # what a file's name or a decoder's message may hold ends no field
@@ -44,6 +46,7 @@ class Run:
         self.diverged = False
         self.fenced = False  # whether another start has taken the directory; agreed by all ranks
         self.clock = clock or starts.Clock()
+        self.watchdog = Watchdog(settings.guard.step_limit_s, self.directory, self.end)
         self.start: starts.Start | None = None  # rank 0's, while the directory is ours
         self.lost = 0  # samples replaced since this start, over all ranks
         self.written = 0  # times that a rank was done with its part in a save, over all ranks
@@ -60,6 +63,7 @@ class Run:
         self._sinks: list[Any] = []
         self._progress: Progress | None = None
         self._samples: Any = None
+        self._slow: int | None = None  # the rank that the others wait for
         self._refused = False  # whether the disk did not take a line
 
     # -- directory -----------------------------------------------------------------------------------------------------
@@ -70,8 +74,9 @@ class Run:
 
         work gets the token of this start. A collective. Raises UserError on all ranks where another owner lives.
         """
-        token = self._claim()
+        self.watchdog.start()
         try:
+            token = self._claim()
             code = work(token)
         except BaseException as error:
             mistake = isinstance(error, UserError)
@@ -79,6 +84,8 @@ class Run:
                 self.start.withdraw()  # a new run that never began leaves nothing
             self.end(starts.exit_code(error), str(error) if mistake else f"{type(error).__name__}: {error}")
             raise
+        finally:
+            self.watchdog.stop()
         self.end(code, self.stopped_by or "")
         return code
 
@@ -159,6 +166,7 @@ class Run:
 
     def interrupted(self) -> bool:
         """Whether all ranks agreed to leave what they do aside from training. A collective, heard one call later."""
+        self.watchdog.again()
         if self._aside.exchange({"stop": self._stop.signal is not None})["stop"]:
             self._agree_on_signal()
         return self.stopped_by is not None
@@ -175,6 +183,7 @@ class Run:
 
         A collective without a device sync: what ranks tell is heard one step later.
         """
+        self.watchdog.begin(f"step {step + 1}", 1 if self._steps else SLACK)
         self.tell("stop", self._stop.signal is not None)
         self.tell("lost", self._losses.take())
         self.tell("fenced", self.start is not None and self.start.fenced)
@@ -282,6 +291,15 @@ class Run:
             self._progress.update(
                 self._progress.task_ids[0], note=f"loss {values['loss']:.4f}" if "loss" in values else ""
             )
+
+    def report_ranks(self, ranks: list[dict[str, Any]], slow: int | None, text: str) -> None:
+        """How fast each rank is, into ranks.json; a rank that has become the slow one is told of (rank 0)."""
+        if dist.rank() != 0 or len(ranks) == 1:
+            return
+        self._note(lambda: write_atomically(self.directory / "ranks.json", json.dumps(ranks) + "\n", durable=False))
+        if slow is not None and slow != self._slow:
+            self.say(text, "yellow")
+        self._slow = slow
 
     def log_samples(self, numbers: list[int], origins: list[tuple[str, str]]) -> None:
         """One line per sample: number, shard, key."""

@@ -20,18 +20,22 @@ from fdscale import UserError, starts
 DEPTH = 4  # levels of directories below a given one that are looked through
 TAIL_BYTES = 2**18  # of metrics.jsonl
 STARTING = ("import", "init", "build", "load", "data", "first_step")
-STATES = {0: "done", 3: "diverged", 75: "stopped", 76: "fenced"}
+STATES = {0: "done", 3: "diverged", 74: "hung", 75: "stopped", 76: "fenced"}
 COLOURS = {"running": "green", "starting": "green", "done": "cyan", "stopped": "yellow", "paused": "yellow"}
 
 
-def main(directories: list[str], json: bool) -> int:
+def main(directories: list[str], json: bool, ranks: bool = False) -> int:
     """`fdscale runs`."""
     for directory in directories:
         if not Path(directory).is_dir():
             raise UserError(f"{directory}: no such directory; expected run directories, or one that holds some")
-    rows = survey([run for directory in directories for run in find(Path(directory))])
+    found = [run for directory in directories for run in find(Path(directory))]
+    rows = [{"run": str(run), "ranks": read_ranks(run)} for run in found] if ranks else survey(found)
     if json:
         print(json_module.dumps(rows, indent=1))
+    elif rows and ranks:
+        for row in rows:
+            _print_ranks(**row)
     elif rows:
         _print(rows)
     else:
@@ -203,6 +207,37 @@ def _print(rows: list[dict[str, Any]]) -> None:
             style=COLOURS.get(row["state"], "red"),
         )
     Console(highlight=False, markup=False, soft_wrap=True).print(table)
+
+
+def read_ranks(run: Path) -> list[dict[str, Any]]:
+    """How fast each rank was in the last steps, the one that the others wait for first; empty for one rank."""
+    try:
+        rows = json_module.loads((run / "ranks.json").read_text())
+        return sorted(rows, key=lambda row: -row["data_wait_s"][0] - row["teacher_s"][0])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        raise UserError(
+            f"{run / 'ranks.json'} is not readable ({error!r}); the next log line of the run replaces it"
+        ) from None
+
+
+def _print_ranks(run: str, ranks: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=run, title_justify="left", box=None, pad_edge=False)
+    for name in ("rank", "host", "steps", "step s", "data wait s", "teacher s"):
+        table.add_column(name, justify="left" if name == "host" else "right")
+    for row in ranks:
+        spans = (row["step_s"], row["data_wait_s"], row["teacher_s"])
+        table.add_row(*(str(row[key]) for key in ("rank", "host", "steps")), *map(_percentiles, spans))
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(table if ranks else f"{run}: one rank, or no log line yet")
+
+
+def _percentiles(seconds: list[float]) -> str:
+    return " / ".join(f"{value:.3f}" for value in seconds)
 
 
 def _state_line(row: dict[str, Any]) -> str:

@@ -17,9 +17,11 @@ from fdscale.engine.guard import Guard
 from fdscale.engine.initialize import was_applied
 from fdscale.engine.metrics import Meter
 from fdscale.engine.optim import set_lr
+from fdscale.engine.paces import slowest
 from fdscale.engine.saver import Saver
 from fdscale.keys import Log, Save
 from fdscale.run import Run
+from fdscale.watchdog import SLACK
 
 
 @dataclass
@@ -61,21 +63,18 @@ def train(
 
     try:
         while state.step < stop_at and not run.should_stop(state.step) and not stuck():
+            run.watchdog.at("an earlier save")
             saver.poll()
             set_lr(engine.optimizer, schedule(state.step))
             void = _step(engine, stream.at(state.samples), prepare, blank, run, meter, saver)
             if void and dist.world() == 1:
                 run.tell("stop")
                 break
-            state.step += 1
-            state.samples += batch_size
+            run.watchdog.at("its account")
+            state.step, state.samples = state.step + 1, state.samples + batch_size
             stream.went_on(state.samples)
             run.advance(state.step, batch_size)
-            meter.end_step(was_applied(engine), void=void)
-            stall_s = saver.take_stall_s()
-            meter.stall(stall_s)
-            run.clock.move(stall_s, "steps", "saving")
-            run.tell_verdicts(meter.verdicts())
+            _account(engine, run, meter, saver, void)
             if state.step % saving.every == 0 or state.step == stop_at:
                 _settle(run, meter)
                 step = state.step
@@ -87,9 +86,11 @@ def train(
             if due(logging.every) or heldout:
                 _log(run, state, meter, guard, engine, heldout)
             if state.step % saving.every == 0 and guard.calm:
+                run.watchdog.at("a save")
                 save()
     finally:
         stream.close()
+    run.watchdog.begin("the end", SLACK)
     _settle(run, meter)
     if run.fenced:  # what lies in the directory is another start's
         return
@@ -106,6 +107,15 @@ def train(
         save()
         run.diverged = not saver.has_saved(state.step)
     run.clock.mark("saving")
+
+
+def _account(engine: Any, run: Run, meter: Meter, saver: Saver, void: bool) -> None:
+    """Where the time of a step went, and what came of it."""
+    stall_s = saver.take_stall_s()
+    run.clock.move(stall_s, "steps", "saving")
+    meter.stall(stall_s)
+    meter.end_step(was_applied(engine), void=void)
+    run.tell_verdicts(meter.verdicts())
 
 
 def _stuck(run: Run, meter: Meter, guard: Guard, stream: Stream, go_back: Callable[[], bool]) -> bool:
@@ -145,16 +155,22 @@ def _step(
     The others may be in the step's collectives already, so it takes part with blank data and a loss that is not a
     number, and nobody's weights change. A rank alone just leaves.
     """
-    void = False
+    void, at = False, run.watchdog.at
     for _ in range(engine.gradient_accumulation_steps()):
+        at("data")
         batch = None if void else meter.wait(lambda: run.wait(batches))
         void = batch is None
         run.clock.mark_once("data")
         if void and dist.world() == 1:
             return True
-        loss = engine(*(blank() if void else prepare(batch)))
+        at("teacher")
+        inputs = blank() if void else meter.prepare(prepare, batch)
+        at("forward")
+        loss = engine(*inputs)
         loss = loss * (math.nan if void else finite_or_nan(loss))
+        at("backward")
         engine.backward(loss)
+        at("update")
         if engine.is_gradient_accumulation_boundary():
             saver.before_update()
         engine.step()
@@ -193,8 +209,12 @@ def finite_or_nan(loss: Tensor) -> Tensor:
 
 
 def _log(run: Run, state: TrainState, meter: Meter, guard: Guard, engine: Any, more: dict[str, Any]) -> None:
-    counts = {"skipped": guard.skipped, "lost": run.lost}
-    run.log({"step": state.step, "samples": state.samples, **meter.read(engine), **counts, **more})
+    record = {"step": state.step, "samples": state.samples, **meter.read(engine)}
+    ranks = meter.paces.gather()
+    slow = slowest(ranks)
+    run.report_ranks(ranks, slow and slow.rank, str(slow))
+    counts = {"slow_rank": slow and slow.rank, "skipped": guard.skipped, "lost": run.lost}
+    run.log({**record, **counts, **more})
 
 
 def due_at(step: int, stop_at: int) -> Callable[[int], bool]:
@@ -207,6 +227,7 @@ def aside(run: Run, meter: Meter, name: str, work: Callable[[], Any]) -> Any:
     _synchronise()  # what is queued still counts as training
     start = time.perf_counter()
     run.clock.mark("steps")
+    run.watchdog.begin(name, SLACK)
     try:
         return work()
     finally:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fdscale import dist
+from fdscale.engine.paces import Events, Paces
 
 # Dense bf16 peak of one GPU in FLOP/s, by a part of its name; vendors' data sheets, without sparsity. Longer names
 # first.
@@ -55,6 +56,8 @@ class Meter:
         self._micro = 0  # micro-batches of the step under way
         self._step_loss: Tensor | None = None  # sum over the micro-batches of the step under way
         self._fates: list[tuple[Tensor, torch.cuda.Event | None, bool]] = []  # of steps
+        self.paces = Paces()
+        self._begin_step(time.perf_counter())
         self._reset()
 
     def _reset(self) -> None:
@@ -63,9 +66,14 @@ class Meter:
         self._data_wait_s = self._save_stall_s = 0.0
         self._start = time.perf_counter()
 
+    def _begin_step(self, now: float) -> None:
+        self._step_start, self._step_wait_s, self._teacher_s = now, 0.0, 0.0
+        self._teacher: Events = []  # the same on a GPU
+
     def restart(self) -> None:
         """Forget the steps of this interval, and what is known of them."""
         self._fates.clear()
+        self._begin_step(time.perf_counter())
         self._reset()
 
     @property
@@ -77,8 +85,24 @@ class Meter:
         """The next batch, which take() returns; the time until it is there counts as waiting for data."""
         start = time.perf_counter()
         batch = take()
-        self._data_wait_s += time.perf_counter() - start
+        waited = time.perf_counter() - start
+        self._data_wait_s += waited
+        self._step_wait_s += waited
         return batch
+
+    def prepare(self, make: Callable[[Any], Any], batch: Any) -> Any:
+        """What make(batch) returns: the module's inputs; its time counts as the teacher's."""
+        if torch.cuda.is_available():
+            ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            ends[0].record()
+            made = make(batch)
+            ends[1].record()
+            self._teacher.append(ends)
+            return made
+        start = time.perf_counter()
+        made = make(batch)
+        self._teacher_s += time.perf_counter() - start
+        return made
 
     def add(self, loss: Tensor) -> None:
         """Account one micro-batch's loss, without waiting for it."""
@@ -90,6 +114,7 @@ class Meter:
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training (evaluation, saving)."""
         self._start += seconds
+        self._step_start += seconds
 
     def stall(self, seconds: float) -> None:
         """Account time that training waited for saves; it counts as time aside, too."""
@@ -113,6 +138,12 @@ class Meter:
             event = torch.cuda.Event()
             event.record()
         self._fates.append((fate, event, void))
+        now = time.perf_counter()
+        if self._teacher:
+            self.paces.add_queued(now - self._step_start, self._step_wait_s, self._teacher)
+        else:
+            self.paces.add(now - self._step_start, self._step_wait_s, self._teacher_s)
+        self._begin_step(now)
 
     def verdicts(self, *, wait: bool = False) -> list[tuple[float, bool, bool]]:
         """Mean loss of each step that has not been given yet, whether it was applied, and whether it was void.

@@ -28,6 +28,9 @@ class Zygote:
     def __init__(self, preload: Path | None = None):
         env = outside() | ({"LD_PRELOAD": str(preload)} if preload else {})
         env["PYTHONPATH"] += os.pathsep + str(Path(__file__).resolve().parent.parent)
+        # Not in the time of a start; and what has loaded it must not be forked.
+        build = "from fdscale.engine.initialize import build_ops; build_ops({})"
+        subprocess.run([sys.executable, "-c", build], env=env, check=True, stdout=subprocess.DEVNULL)
         command = [sys.executable, str(Path(__file__).resolve())]
         self._process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._started: queue.Queue[int] = queue.Queue()
