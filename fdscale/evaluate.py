@@ -9,7 +9,7 @@ import contextlib
 import functools
 import json as json_module
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,25 +45,39 @@ def main(
     """`fdscale evaluate`."""
     prepare_environment()
     dist.init()
-    settings, found = _settings(source, run, weights, set)
+    settings, found = find(source, run, weights, set)
+    report = measure(settings, found if found is not None else str(weights), averaged=ema, dtype=dtype)
+    if dist.rank() == 0:
+        _write(report, out or _default_out(found, ema), json)
+    dist.close()
+    return 0
+
+
+def measure(
+    settings: config.Config, weights: Path | str, *, averaged: bool = False, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The accuracy of a checkpoint, or of a file of weights, on the held-out set, as plain data; a collective.
+
+    averaged: take the average of the weights. Raises UserError for what cannot be evaluated.
+    """
     config.check_verb(settings, "evaluate")
     index = open_heldout(settings.data)
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
-    state = student.read_checkpoint(found, averaged=ema) if found is not None else convert.read(str(weights))
     classifier = student.build_classifier(settings, student.build(settings))
+    state = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else convert.read(weights)
     loaded = trained_values(settings, classifier, state)
     precision = getattr(torch, dtype)
     materialise(classifier, lambda name, shape: loaded[name], precision, dist.device())
     accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision)
-    report = {
+    return {
         "top1": accuracy.top1,
         "top5": accuracy.top5,
         "loss": accuracy.loss,
         "samples": accuracy.samples,
         "left_out": left_out,
-        "weights": str(found if found is not None else weights),
-        "averaged": ema,
+        "weights": str(weights),
+        "averaged": averaged,
         "dtype": dtype,
         "image_size": settings.data.image_size,
         "crop_ratio": settings.classify.crop_ratio,
@@ -73,16 +87,12 @@ def main(
         "content of data.heldout_shards": index.fingerprint,
         "classes": _per_class(accuracy, index),
     }
-    if dist.rank() == 0:
-        _write(report, out or _default_out(found, ema), json)
-    dist.close()
-    return 0
 
 
-def _settings(
-    source: str, run: str | None, weights: str | None, overrides: list[str]
+def find(
+    source: str, run: str | None, weights: str | None, overrides: Sequence[str]
 ) -> tuple[config.Config, Path | None]:
-    """The config, and the checkpoint that is evaluated, unless it is a file of weights."""
+    """The config, and the checkpoint that is evaluated, None where it is a file of weights; a collective."""
     if run is not None and weights is not None:
         raise UserError("give --run or --weights, not both")
     found = None

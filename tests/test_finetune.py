@@ -6,6 +6,8 @@ The images are scikit-learn's handwritten digits; mixup, CutMix, RandAugment, er
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TINY, run_cli, sets
+from safetensors.torch import load_file
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples
+from timm.models.beit import Beit
 
-from fdscale import cli, config
+from fdscale import UserError, cli, config
 from fdscale.engine.checkpoint import committed
 from fdscale.engine.reader import Reader
-from fdscale.evaluate import trained_values
+from fdscale.evaluate import find, measure, trained_values
 from fdscale.student import backbone, build_classifier, initial_values, read_weights
 
 pytestmark = pytest.mark.slow
@@ -159,7 +163,8 @@ def test_any_number_of_ranks_counts_the_same(trained: Path, digits: Path, tmp_pa
     found = {}
     for ranks in (1, 2, 3):
         out = tmp_path / f"{ranks}.json"
-        done = run_cli("evaluate", trained, "--out", out, "--set", "memory.micro_batch=8", ranks=ranks)
+        options = ("--out", out, "--set", "memory.micro_batch=8")
+        done = run_cli("evaluate", trained, *options, ranks=ranks)
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("broken") == 2
         found[ranks] = json.loads(out.read_text())
@@ -174,14 +179,12 @@ def test_any_number_of_ranks_counts_the_same(trained: Path, digits: Path, tmp_pa
     assert report["loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
 
 
-def test_accuracy_is_that_of_a_plain_loop(
-    trained: Path, digits: Path, capsys: pytest.CaptureFixture[str], process_group: None
-) -> None:
+def test_accuracy_is_that_of_a_plain_loop(trained: Path, digits: Path) -> None:
     """Pillow, torchvision's transforms and the network alone, over the files that were packed."""
     from PIL import Image
     from torchvision import transforms
 
-    settings = config.load(str(trained / "config.yaml"))
+    settings, found = find(str(trained), None, None, [])
     model = build_classifier(settings, backbone(settings))
     model.load_state_dict(trained_values(settings, model, read_weights(str(trained))), assign=True)
     view = transforms.Compose(
@@ -197,50 +200,69 @@ def test_accuracy_is_that_of_a_plain_loop(
     labels = torch.tensor([int(path.parent.name) for path in files])
     with torch.no_grad():
         right = (model.eval()(images).argmax(1) == labels).float().mean().item()
-    assert cli.main(["evaluate", str(trained), "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert abs(report["top1"] - right) <= 1 / 101 + 1e-6  # pixels differ by rounding
-    assert json.loads((trained / "evaluation" / "step-00000800.json").read_text()) == report
+    assert abs(measure(settings, found)["top1"] - right) <= 1 / 101 + 1e-6  # pixels differ by rounding
 
 
-def test_weights_of_others_are_evaluated_by_a_recipe(
-    trained: Path, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], process_group: None
-) -> None:
-    """A state dict under BEiT's names, as the official code saves it."""
-    weights = {name.removeprefix("backbone."): value for name, value in read_weights(str(trained)).items()}
-    torch.save({"model": weights}, tmp_path / "official.pth")
-    settings = sets(f"data.heldout_shards={digits / 'heldout'}")
-    words = ["evaluate", str(trained / "config.yaml"), "--weights", str(tmp_path / "official.pth"), *settings, "--json"]
-    assert cli.main(words) == 0
-    theirs = json.loads(capsys.readouterr().out)
-    assert cli.main(["evaluate", str(trained), "--json"]) == 0
-    ours = json.loads(capsys.readouterr().out)
+@pytest.mark.parametrize("names", ["official", "timm"])
+def test_weights_of_others_are_evaluated_by_a_recipe(trained: Path, tmp_path: Path, names: str) -> None:
+    """What was exported, head and all, as torch.save writes it."""
+    settings, found = find(str(trained), None, None, [])
+    ours = measure(settings, found)
+    exported = tmp_path / "whole.safetensors"
+    assert cli.main(["export", str(trained), str(exported), "--names", names]) == 0
+    torch.save({"model": load_file(exported)}, tmp_path / "whole.pth")
+    recipe, none = find(str(trained / "config.yaml"), None, str(tmp_path / "whole.pth"), [])
+    assert none is None
+    theirs = measure(recipe, str(tmp_path / "whole.pth"))
     assert (theirs["top1"], theirs["loss"]) == (ours["top1"], ours["loss"])
-    assert cli.main(["evaluate", str(trained), "--json", "--ema", "--set", "classify.statistics=clip"]) == 0
-    other = json.loads(capsys.readouterr().out)
-    assert (other["averaged"], other["statistics"]) == (True, "clip")
-    assert other["loss"] != ours["loss"]
+
+
+def test_an_exported_classifier_is_timms(trained: Path, tmp_path: Path) -> None:
+    """A strict load into timm's mean-pooled Beit, and the same scores."""
+    exported = tmp_path / "timm.safetensors"
+    assert cli.main(["export", str(trained), str(exported), "--names", "timm"]) == 0
+    theirs = Beit(
+        img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=10, global_pool="avg",
+        use_rel_pos_bias=True, use_abs_pos_emb=False, norm_layer=functools.partial(torch.nn.LayerNorm, eps=1e-6),
+    )  # fmt: skip
+    theirs.load_state_dict(load_file(exported), strict=True)
+    settings, _ = find(str(trained), None, None, [])
+    ours = build_classifier(settings, backbone(settings))
+    ours.load_state_dict(trained_values(settings, ours, read_weights(str(trained))), assign=True)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=1e-4)
+
+
+def test_the_average_and_clips_statistics_are_something_else(trained: Path) -> None:
+    settings, found = find(str(trained), None, None, ["classify.statistics=clip"])
+    plain = dataclasses.replace(settings, classify=dataclasses.replace(settings.classify, statistics="training"))
+    found_losses = {measure(one, found, averaged=mean)["loss"] for one in (settings, plain) for mean in (True, False)}
+    assert len(found_losses) == 4
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["demo_finetune"], ["is a recipe", "--run DIR or --weights FILE"]),
-        (["demo", "--weights", "x.pth"], ["is for distillation", "classify.classes"]),
-        (["TRAINED", "--run", "TRAINED"], ["is a run itself"]),
-        (["TRAINED", "--set", "data.heldout_shards=null"], ["data.heldout_shards is not set"]),
-        (["TRAINED", "--set", "classify.classes=12"], ["head.weight have the shape (10, 64)", "expected (12, 64)"]),
-        (["TRAINED/checkpoints/step-1", "--set", "classify.crop_ratio=0"], ["no such recipe file"]),
-        (["demo_finetune", "--run", "/nowhere"], ["/nowhere: no such run"]),
+        (("demo_finetune", None, None, []), ["is a recipe", "--run DIR or --weights FILE"]),
+        (("demo", None, "x.pth", []), ["is for distillation", "classify.classes"]),
+        (("TRAINED", "TRAINED", None, []), ["is a run itself"]),
+        (("TRAINED", None, None, ["data.heldout_shards=null"]), ["data.heldout_shards is not set"]),
+        (
+            ("TRAINED", None, None, ["classify.classes=12"]),
+            ["head.weight have the shape (10, 64)", "expected (12, 64)"],
+        ),
+        (("TRAINED/checkpoints/step-1", None, None, []), ["no such recipe file"]),
+        (("demo_finetune", "/nowhere", None, []), ["/nowhere: no such run"]),
+        (("demo_finetune", "a", "b", []), ["not both"]),
     ],
 )
-def test_mistakes_are_named(
-    trained: Path, capsys: pytest.CaptureFixture[str], process_group: None, words: list[str], expected: list[str]
-) -> None:
-    assert cli.main(["evaluate", *(word.replace("TRAINED", str(trained)) for word in words)]) == 2
-    message = capsys.readouterr().err
+def test_mistakes_are_named(trained: Path, words: tuple, expected: list[str]) -> None:
+    source, run, weights, settings = words
+    named = [None if one is None else one.replace("TRAINED", str(trained)) for one in (source, run, weights)]
+    with pytest.raises(UserError) as caught:
+        measure(*find(*named, settings))
     for part in expected:
-        assert part in message
+        assert part in str(caught.value)
 
 
 def test_recipes_of_the_other_kind_are_named(
