@@ -172,7 +172,7 @@ def test_targets_are_those_of_the_live_teacher(
 def test_without_epochs_the_section_does_nothing(shards: Path) -> None:
     plain = config.load("demo", [*TINY, f"data.shards={shards}"])
     assert not [key for key in config.trajectory(plain) if key.startswith("cache.")]
-    assert assemble(plain, 1).order.span is None
+    assert assemble(plain, 1).inputs.order.span is None
     named = config.load("demo", [*TINY, f"data.shards={shards}", EPOCHS, "cache.features=/somewhere"])
     assert [key for key in config.trajectory(named) if key.startswith("cache.")] == ["cache.epochs", "cache.dtype"]
 
