@@ -168,7 +168,8 @@ class HeldOut:
         None: a signal came.
         """
         parts = self._parts
-        wanted = max(MEAN_VIEWS, min(parts.settings.data.heldout_samples, parts.inputs.index.samples))
+        most = parts.settings.data.heldout_samples or parts.inputs.index.samples
+        wanted = max(MEAN_VIEWS, min(most, parts.inputs.index.samples))
         sums = torch.zeros(parts.teacher.width + 1, dtype=torch.float64, device=dist.device())
         for batch in train_stream(parts, 0, wanted):
             if self._run.interrupted():

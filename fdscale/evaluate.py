@@ -24,7 +24,6 @@ from fdscale.data.index import Index
 from fdscale.engine import checkpoint, ema
 from fdscale.engine.initialize import materialise, prepare_environment
 from fdscale.inputs import CLIP_STATISTICS, MEAN, STD, heldout_batches, normalise, open_heldout, to_device
-from fdscale.models import convert
 from fdscale.run import Run
 from fdscale.starts import write_atomically
 from fdscale.tasks.classification import Accuracy, Classifier, Tally
@@ -65,8 +64,8 @@ def measure(
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     classifier = student.build_classifier(settings, student.build(settings))
-    state = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else convert.read(weights)
-    loaded = trained_values(settings, classifier, state)
+    file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
+    loaded = trained_values(settings, classifier, file)
     precision = getattr(torch, dtype)
     materialise(classifier, lambda name, shape: loaded[name], precision, dist.device())
     accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision)
@@ -76,6 +75,7 @@ def measure(
         "loss": accuracy.loss,
         "samples": accuracy.samples,
         "left_out": left_out,
+        "samples_in_set": index.samples,
         "weights": str(weights),
         "averaged": averaged,
         "dtype": dtype,
@@ -110,18 +110,16 @@ def find(
     return settings, (found if weights is None else None)
 
 
-def trained_values(settings: config.Config, classifier: Classifier, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every parameter of a classifier from a state dict: ours, BEiT's, official Swin's or timm's names.
+def trained_values(settings: config.Config, classifier: Classifier, weights: student.Weights) -> dict[str, Tensor]:
+    """Every parameter of a classifier from weights under ours, BEiT's, official Swin's or timm's names.
 
     Raises UserError where the backbone's do not fit, or norm or head are missing or of other classes.
     """
-    backbone = student.backbone(settings)
-    convert.load(backbone, state)
-    values = {f"{student.PREFIX}{name}": parameter.detach() for name, parameter in backbone.named_parameters()}
+    values = student.trained_backbone(settings, weights)
     for name, parameter in classifier.named_parameters():
         if name in values:
             continue
-        value = state.get(name, state.get(name.replace("head.", "head.fc.")))
+        value = weights.tensors.get(name, weights.tensors.get(name.replace("head.", "head.fc.")))
         if value is None or value.shape != parameter.shape:
             what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
             raise UserError(
@@ -136,7 +134,7 @@ def _with_progress(
     settings: config.Config, index: Index, classifier: nn.Module, dtype: torch.dtype
 ) -> tuple[Accuracy, list[dict[str, str]]]:
     """The accuracy, with a bar on rank 0, and the samples of all ranks that could not be read."""
-    samples = min(settings.data.heldout_samples, index.samples)
+    samples = min(settings.data.heldout_samples or index.samples, index.samples)
     lost: dict[int, Any] = {}  # those that fill up the last micro-batches come again
 
     def go_on(batch: dict[str, Any]) -> bool:
@@ -196,7 +194,7 @@ def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
         print(f"left out: {len(report['left_out']) - SHOWN} more", file=sys.stderr)
     print(
         f"{report['weights']}: top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%}, loss {report['loss']:.4f} on "
-        f"{report['samples']} images ({len(report['left_out'])} left out)"
+        f"{report['samples']} of {report['samples_in_set']} images ({len(report['left_out'])} could not be read)"
     )
     if out is not None:
         print(f"per class: {out}")
@@ -267,7 +265,7 @@ def evaluate(
         decoding=data.decode,
     )
     mean, std = CLIP_STATISTICS if classify.statistics == "clip" else (MEAN, STD)
-    tally = Tally(min(data.heldout_samples, index.samples), classify.classes)
+    tally = Tally(min(data.heldout_samples or index.samples, index.samples), classify.classes)
     with torch.no_grad():
         for batch in heldout_batches(settings, index, view, classify.classes):
             if not go_on(batch):

@@ -71,7 +71,7 @@ class Classification:
         settings = self.inputs.settings.student
         lines = [f"{settings.model} -> {self._classify.classes} classes"]
         if settings.weights is None:
-            lines.append("student.weights is not set: the backbone starts from random weights")
+            lines.append("student.weights is not set: the backbone began with random weights")
         return lines
 
     def work(self) -> Work:

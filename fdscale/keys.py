@@ -112,8 +112,8 @@ class Data:
     )
     heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
     heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
-    heldout_samples: int = option(
-        5000, "samples: evaluate on the first so many of the held-out set", low=1, neutral=True
+    heldout_samples: int | None = option(
+        5000, "samples: evaluate on the first so many of the held-out set; null: on all", low=1, neutral=True
     )
     seed: int = option(0, "seed of sample order and augmentation", low=0, high=2**63 - 1)
     lanes: int | None = option(

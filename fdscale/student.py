@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,11 +48,7 @@ def build_classifier(settings: config.Config, student: Any) -> Classifier:
 
 def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
     """First value of every parameter: from `student.weights` where there are any, else random by seed and name."""
-    loaded: dict[str, Tensor] = {}
-    if settings.student.weights:
-        holder = backbone(settings)
-        convert.load(holder, read_weights(settings.student.weights))
-        loaded = {f"{PREFIX}{name}": parameter.detach() for name, parameter in holder.named_parameters()}
+    loaded = trained_backbone(settings, read_weights(settings.student.weights)) if settings.student.weights else {}
 
     def value(name: str, shape: torch.Size) -> Tensor:
         if name in loaded:
@@ -62,13 +58,31 @@ def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch
     return value
 
 
-def read_weights(source: str) -> dict[str, Tensor]:
+class Weights(NamedTuple):
+    """Tensors by whatever names they have, and the config of the run that they are of, if they are of one."""
+
+    tensors: dict[str, Tensor]
+    run: config.Config | None = None
+
+
+def trained_backbone(settings: config.Config, weights: Weights) -> dict[str, Tensor]:
+    """The parameters of the backbone of a config, under their names in training.
+
+    Position tables are resized to its image size. Raises UserError where the weights do not fit, or where a SwinV2's
+    windows were others.
+    """
+    holder = backbone(settings)
+    convert.load(holder, weights.tensors, None if weights.run is None else backbone(weights.run))
+    return {f"{PREFIX}{name}": parameter.detach() for name, parameter in holder.named_parameters()}
+
+
+def read_weights(source: str) -> Weights:
     """The weights in a file or a directory of safetensors, or of a run: those of its newest valid checkpoint."""
     path = Path(source)
-    return read_checkpoint(find_checkpoint(path)) if is_run(path) else convert.read(source)
+    return read_checkpoint(find_checkpoint(path)) if is_run(path) else Weights(convert.read(source))
 
 
-def read_checkpoint(found: Path, averaged: bool = False) -> dict[str, Tensor]:
+def read_checkpoint(found: Path, averaged: bool = False) -> Weights:
     """All weights of a checkpoint, or their averages; those of parameters that were frozen have none.
 
     Raises UserError where it is damaged or holds no average.
@@ -77,9 +91,11 @@ def read_checkpoint(found: Path, averaged: bool = False) -> dict[str, Tensor]:
         with contextlib.closing(Reader(found)) as reader:
             if averaged and EMA not in reader.state["keys"]:
                 raise UserError(f"{found} holds no average of the weights: the run had no optim.ema")
+            run = config.from_dict(reader.state["config"], str(found / "state.json"))
             key = EMA if averaged else "fp32"
             names = reader.state["parameters"]
-            return {name: reader.full(name, key if key in reader.keys(name) else "fp32") for name in names}
+            tensors = {name: reader.full(name, key if key in reader.keys(name) else "fp32") for name in names}
+            return Weights(tensors, run)
     except Damaged as damage:
         raise UserError(f"{found}: {damage}") from None
 

@@ -120,7 +120,7 @@ def test_an_earlier_demo_is_replaced_and_anything_else_is_left_alone(tmp_path: P
 @pytest.mark.slow
 def test_the_student_goes_on_to_digits(made: tuple[Path, str], tmp_path: Path) -> None:
     """`make demo-finetune` on the short demo's student: from its weights and from none, in a few steps each."""
-    few = ("schedule.epochs=null", "schedule.warmup_epochs=null", "schedule.steps=6", "data.image_size=32")
+    few = ("schedule.epochs=null", "schedule.warmup_epochs=null", "schedule.steps=6")
     words = ["--student", made[0] / "run", "--out", tmp_path / "out", *sets(*few, "log.every=1")]
     done = run_demo(*words, module="fdscale.demo_finetune")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -128,7 +128,7 @@ def test_the_student_goes_on_to_digits(made: tuple[Path, str], tmp_path: Path) -
         report = json.loads((tmp_path / "out" / start / "evaluation" / "step-00000006.json").read_text())
         assert report["samples"] == 359
         assert f"  {start:<12} {report['top1']:>8.1%} {report['loss']:>10.4f}" in done.stdout
-    assert done.stderr.count("starts from random weights") == 1
+    assert done.stderr.count("began with random weights") == 1
     refused = run_demo("--student", tmp_path, "--out", tmp_path / "out", module="fdscale.demo_finetune")
     assert refused.returncode == 2
     assert "`make demo`" in refused.stderr

@@ -37,7 +37,6 @@ FINETUNE = (
     "classify.randaugment=rand-m9-mstd0.5-inc1",
     "classify.erase=0.25",
     "data.image_size=32",
-    "data.heldout_samples=1000",
     "data.block=16",
     "optim.batch_size=8",
     "optim.layer_decay=0.65",
