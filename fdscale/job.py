@@ -255,6 +255,7 @@ def _train(
         run.log({"step": 0, "samples": 0, **record})
         run.clock.mark("evaluation")
     run.start_progress(state.step, last)
+    assert schedule.steps is not None
     lr = functools.partial(
         cosine,
         steps=schedule.steps,

@@ -188,7 +188,17 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    numbers = ("step", "saved", "loss", "held-out", "top-1", "images/s", "restarts", "goodput")
+    classified = any(row["heldout_top1"] is not None for row in rows)
+    numbers = (
+        "step",
+        "saved",
+        "loss",
+        "held-out",
+        *(["top-1"] if classified else []),
+        "images/s",
+        "restarts",
+        "goodput",
+    )
     for name in ("run", "state", *numbers, "the rest"):
         table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
@@ -199,7 +209,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             _shown(row["checkpoint_step"], "{:d}"),
             _shown(row["loss"], "{:.4f}"),
             _shown(row["heldout_loss"], "{:.4f}"),
-            _shown(row["heldout_top1"], "{:.2%}"),
+            *([_shown(row["heldout_top1"], "{:.2%}")] if classified else []),
             _shown(row["images_per_s"], "{:.1f}"),
             str(row["restarts"]),
             _shown(row["goodput"], "{:.1%}"),
