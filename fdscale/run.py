@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fdscale import UserError, config, dist, starts
 from fdscale.signals import Stop
-from fdscale.sinks import JsonLines, TensorBoard, Wandb, line_of
+from fdscale.sinks import JsonLines, TensorBoard, Wandb, line_of, open_lines
 from fdscale.starts import write_atomically
 from fdscale.watchdog import SLACK, Watchdog
 
@@ -127,7 +127,7 @@ class Run:
         self._raise_together(problem)
         try:
             if self.settings.log.samples:
-                self._samples = (self.directory / f"samples-{dist.rank()}.log").open("a", buffering=1)
+                self._samples = open_lines(self.directory / f"samples-{dist.rank()}.log")
         except OSError as error:
             problem = f"cannot write the log of samples: {error}"
         self._raise_together(problem)
@@ -329,7 +329,7 @@ class Losses:
         """List and count these `data.lost.Replaced`."""
         self._new += len(replaced)
         if replaced and self._file is None:
-            self._file = (self._directory / f"lost-{dist.rank()}.log").open("a", buffering=1)
+            self._file = open_lines(self._directory / f"lost-{dist.rank()}.log")
         for one in replaced:
             self._file.write("\t".join(str(field).translate(SPACES) for field in one) + "\n")
             self._tell(one)

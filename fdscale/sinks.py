@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fdscale.starts import write_atomically
 
@@ -29,14 +30,22 @@ LINE = (
 )
 
 
+def open_lines(path: Path) -> TextIO:
+    """A file to add lines to; where a crash cut the last one, the next does not become part of it."""
+    file = path.open("a+", buffering=1)
+    if end := file.seek(0, os.SEEK_END):
+        with path.open("rb") as before:
+            before.seek(end - 1)
+            if before.read(1) != b"\n":
+                file.write("\n")
+    return file
+
+
 class JsonLines:
     """metrics.jsonl: one record a line; non-finite numbers become null."""
 
     def __init__(self, path: Path):
-        torn = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
-        self._file = path.open("a", buffering=1)
-        if torn:  # a crash cut the last line; the next one must not become part of it
-            self._file.write("\n")
+        self._file = open_lines(path)
 
     def write(self, values: dict[str, Any]) -> None:
         finite = {

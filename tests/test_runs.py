@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from helpers import outside
 
-from fdscale import UserError, runs, starts
+from fdscale import UserError, runs, sinks, starts
 
 HERE = {"boot": "a", "host": "far", "pid": 7, "pid_start": 1, "pid_namespace": "pid:[1]"}
 
@@ -160,3 +160,13 @@ def test_the_command(tmp_path: Path) -> None:
 def test_no_such_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         runs.main([str(tmp_path / "none")], json=False)
+
+
+@pytest.mark.parametrize("before", [None, "", "whole\n", "whole\ncu"])
+def test_lines_are_added_behind_a_torn_one(tmp_path: Path, before: str | None) -> None:
+    path = tmp_path / "samples-0.log"
+    if before is not None:
+        path.write_text(before)
+    with sinks.open_lines(path) as file:
+        file.write("next\n")
+    assert path.read_text().splitlines() == [*(before or "").splitlines(), "next"]
