@@ -152,6 +152,10 @@ def check(config: Config, where: str) -> None:
         )
     if task_of(config) == "finetune" and cache.epochs is not None:
         raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
+    if config.classify.head != "fresh" and config.student.weights is None:
+        raise UserError(
+            f"{where}: classify.head is {config.classify.head}, but student.weights, which holds it, is not set"
+        )
     if config.memory.micro_batch % together(config):
         raise UserError(
             f"{where}: memory.micro_batch is {config.memory.micro_batch}; fine-tuning mixes samples in pairs and needs "
@@ -202,7 +206,7 @@ def trajectory(config: Config) -> dict[str, Any]:
 
     Files are identified by their content elsewhere.
     """
-    excluded = {"student.weights", "teacher.weights"}
+    excluded = {"student.weights", "teacher.weights", "classify.head"}
     if config.cache.epochs is None:  # the section does nothing, and runs from before it was there go on
         excluded |= {"cache.epochs", "cache.dtype"}
     values = {}

@@ -26,7 +26,7 @@ from fdscale.engine.initialize import materialise, prepare_environment
 from fdscale.inputs import CLIP_STATISTICS, MEAN, STD, heldout_batches, normalise, open_heldout, to_device
 from fdscale.run import Run
 from fdscale.starts import write_atomically
-from fdscale.tasks.classification import Accuracy, Classifier, Tally
+from fdscale.tasks.classification import Accuracy, Tally
 
 SHOWN = 5  # samples that were left out, on the console
 
@@ -65,7 +65,7 @@ def measure(
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     classifier = student.build_classifier(settings, student.build(settings))
     file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
-    loaded = trained_values(settings, classifier, file)
+    loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)
     precision = getattr(torch, dtype)
     materialise(classifier, lambda name, shape: loaded[name], precision, dist.device())
     accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision)
@@ -108,26 +108,6 @@ def find(
         elif weights is None:
             raise UserError(f"{source} is a recipe: say whose weights, with --run DIR or --weights FILE")
     return settings, (found if weights is None else None)
-
-
-def trained_values(settings: config.Config, classifier: Classifier, weights: student.Weights) -> dict[str, Tensor]:
-    """Every parameter of a classifier from weights under ours, BEiT's, official Swin's or timm's names.
-
-    Raises UserError where the backbone's do not fit, or norm or head are missing or of other classes.
-    """
-    values = student.trained_backbone(settings, weights)
-    for name, parameter in classifier.named_parameters():
-        if name in values:
-            continue
-        value = weights.tensors.get(name, weights.tensors.get(name.replace("head.", "head.fc.")))
-        if value is None or value.shape != parameter.shape:
-            what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
-            raise UserError(
-                f"the weights of {name} {what}; expected {tuple(parameter.shape)}, for classify.classes "
-                f"{settings.classify.classes}: give weights of a whole classifier of that many classes"
-            )
-        values[name] = value.float()
-    return values
 
 
 def _with_progress(

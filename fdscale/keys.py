@@ -71,7 +71,12 @@ class Classify:
     """
 
     classes: int | None = option(None, "classes that the head tells apart; null: the recipe distils", low=1)
-    head_scale: float = option(1e-3, "factor of the head's initial weights (BEiT's init_scale)", low=0.0)
+    head: str = option(
+        "fresh",
+        "fresh: a new head; loaded: that of student.weights, with the norm before it; or a file of as many class "
+        "numbers as there are classes, one a line: these rows of it, as map22kto1k.txt of microsoft/Swin-Transformer",
+    )
+    head_scale: float = option(1e-3, "factor of a fresh head's initial weights (BEiT's init_scale)", low=0.0)
     label_smoothing: float = option(0.1, "share of each target that all classes get alike", low=0.0, high=0.999)
     mixup: float = option(0.8, "alpha of mixup's Beta distribution; 0: no mixup", low=0.0, high=2.0)
     cutmix: float = option(1.0, "alpha of CutMix's Beta distribution; 0: no CutMix", low=0.0, high=2.0)

@@ -47,8 +47,16 @@ def build_classifier(settings: config.Config, student: Any) -> Classifier:
 
 
 def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
-    """First value of every parameter: from `student.weights` where there are any, else random by seed and name."""
-    loaded = trained_backbone(settings, read_weights(settings.student.weights)) if settings.student.weights else {}
+    """First value of every parameter: from `student.weights` where there are any, else random by seed and name.
+
+    A head is random unless `classify.head` says otherwise.
+    """
+    loaded: dict[str, Tensor] = {}
+    if settings.student.weights:
+        weights = read_weights(settings.student.weights)
+        loaded = trained_backbone(settings, weights)
+        if config.task_of(settings) == "finetune" and settings.classify.head != "fresh":
+            loaded |= trained_head(module, weights, head_rows(settings))
 
     def value(name: str, shape: torch.Size) -> Tensor:
         if name in loaded:
@@ -74,6 +82,48 @@ def trained_backbone(settings: config.Config, weights: Weights) -> dict[str, Ten
     holder = backbone(settings)
     convert.load(holder, weights.tensors, None if weights.run is None else backbone(weights.run))
     return {f"{PREFIX}{name}": parameter.detach() for name, parameter in holder.named_parameters()}
+
+
+def trained_head(classifier: Classifier, weights: Weights, rows: list[int] | None = None) -> dict[str, Tensor]:
+    """Norm and head of a classifier from weights under ours, BEiT's, official Swin's or timm's names.
+
+    rows: of the classes of the weights, those to take. Raises UserError where they are missing or do not fit.
+    """
+    values = {}
+    for name, parameter in classifier.named_parameters():
+        if name.startswith(PREFIX):
+            continue
+        value = weights.tensors.get(name, weights.tensors.get(name.replace("head.", "head.fc.")))
+        if value is not None and rows is not None and name.startswith("head."):
+            if max(rows) >= len(value):
+                raise UserError(f"classify.head names class {max(rows)}, and the head of the weights has {len(value)}")
+            value = value[torch.tensor(rows)]
+        if value is None or value.shape != parameter.shape:
+            what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
+            raise UserError(
+                f"the weights of {name} {what}; expected {tuple(parameter.shape)}: give weights of a whole classifier "
+                "of as many classes as classify.classes says"
+            )
+        values[name] = value.float()
+    return values
+
+
+def head_rows(settings: config.Config) -> list[int] | None:
+    """The numbers in the file that `classify.head` names; None where it names none. Raises UserError."""
+    head, classes = settings.classify.head, settings.classify.classes
+    if head in ("fresh", "loaded"):
+        return None
+    try:
+        words = Path(head).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"classify.head: expected fresh, loaded, or a file that can be read ({head}: {error})"
+        ) from None
+    if len(words) != classes or not all(word.isdecimal() for word in words):
+        raise UserError(
+            f"{head}: expected {classes} class numbers, one a line (classify.classes), and found {len(words)}"
+        )
+    return [int(word) for word in words]
 
 
 def read_weights(source: str) -> Weights:

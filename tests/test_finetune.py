@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from timm.models.beit import Beit
 from fdscale import UserError, cli, config
 from fdscale.engine.checkpoint import committed
 from fdscale.engine.reader import Reader
-from fdscale.evaluate import find, measure, trained_values
-from fdscale.student import backbone, build_classifier, initial_values, read_weights
+from fdscale.evaluate import find, measure
+from fdscale.student import backbone, build_classifier, initial_values, read_weights, trained_backbone, trained_head
+from fdscale.tasks.classification import Classifier
 
 pytestmark = pytest.mark.slow
 
@@ -178,14 +180,20 @@ def test_any_number_of_ranks_counts_the_same(trained: Path, digits: Path, tmp_pa
     assert report["loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
 
 
+def loaded(settings: config.Config, run: Path) -> Classifier:
+    """The network alone, with the weights of a run."""
+    model, weights = build_classifier(settings, backbone(settings)), read_weights(str(run))
+    model.load_state_dict(trained_backbone(settings, weights) | trained_head(model, weights), assign=True)
+    return model
+
+
 def test_accuracy_is_that_of_a_plain_loop(trained: Path, digits: Path) -> None:
     """Pillow, torchvision's transforms and the network alone, over the files that were packed."""
     from PIL import Image
     from torchvision import transforms
 
     settings, found = find(str(trained), None, None, [])
-    model = build_classifier(settings, backbone(settings))
-    model.load_state_dict(trained_values(settings, model, read_weights(str(trained))), assign=True)
+    model = loaded(settings, trained)
     view = transforms.Compose(
         [
             transforms.Resize(32, transforms.InterpolationMode.BICUBIC),
@@ -226,8 +234,7 @@ def test_an_exported_classifier_is_timms(trained: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     theirs.load_state_dict(load_file(exported), strict=True)
     settings, _ = find(str(trained), None, None, [])
-    ours = build_classifier(settings, backbone(settings))
-    ours.load_state_dict(trained_values(settings, ours, read_weights(str(trained))), assign=True)
+    ours = loaded(settings, trained)
     images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours.eval()(images), theirs.eval()(images), rtol=0, atol=1e-4)
 
@@ -237,6 +244,33 @@ def test_the_average_and_clips_statistics_are_something_else(trained: Path) -> N
     plain = dataclasses.replace(settings, classify=dataclasses.replace(settings.classify, statistics="training"))
     found_losses = {measure(one, found, averaged=mean)["loss"] for one in (settings, plain) for mean in (True, False)}
     assert len(found_losses) == 4
+
+
+def test_a_head_is_taken_along_or_in_part(trained: Path, tmp_path: Path) -> None:
+    """At another image size, and some of its classes in another order."""
+    saved = read_weights(str(trained)).tensors
+    rows = [7, 2, 9]
+    (tmp_path / "map.txt").write_text("".join(f"{row}\n" for row in rows))
+    for head, classes, kept in (("loaded", 10, list(range(10))), (str(tmp_path / "map.txt"), 3, rows)):
+        more = [f"classify.head={head}", f"classify.classes={classes}", f"student.weights={trained}"]
+        settings, _ = find(str(trained), None, None, [*more, "data.image_size=48"])
+        module = build_classifier(settings, backbone(settings))
+        value = initial_values(settings, module)
+        for name in ("head.weight", "head.bias"):
+            assert torch.equal(value(name, saved[name].shape), saved[name][kept])
+        assert torch.equal(value("fc_norm.weight", saved["fc_norm.weight"].shape), saved["fc_norm.weight"])
+    for text, classes, says in (
+        ("1\n2\n", 3, "expected 3 class numbers, one a line (classify.classes), and found 2"),
+        ("1\n2\nx\n", 3, "expected 3 class numbers"),
+        ("1\n2\n10\n", 3, "names class 10, and the head of the weights has 10"),
+    ):
+        (tmp_path / "map.txt").write_text(text)
+        more = [f"classify.head={tmp_path / 'map.txt'}", f"classify.classes={classes}", f"student.weights={trained}"]
+        settings, _ = find(str(trained), None, None, more)
+        with pytest.raises(UserError, match=re.escape(says)):
+            initial_values(settings, build_classifier(settings, backbone(settings)))
+    with pytest.raises(UserError, match=r"student\.weights, which holds it, is not set"):
+        config.load("demo_finetune", ["classify.head=loaded"])
 
 
 @pytest.mark.parametrize(
