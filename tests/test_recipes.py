@@ -18,6 +18,7 @@ from fdscale import config
 from fdscale.catalog import parameters
 from fdscale.distill import distill
 from fdscale.finetune import finetune
+from fdscale.student import backbone
 
 # Backbone parameters. SwinV2-B and G as verified against the official model; ViT with one shared position table and
 # without k bias: 12 (or 24) blocks of 12 C^2 + 14 C, patch and cls embedding, final norm and the table.
@@ -38,6 +39,7 @@ FINETUNED = {
     "deit_vit_base_300_finetune": 85_760_448,
     "dino_vit_base_300_finetune": 85_760_448,
     "esvit_swinv2_base_300_finetune": 86_893_816,
+    "swinv2_g_finetune": 2_997_843_680,
 }
 
 
@@ -124,6 +126,19 @@ def test_fine_tuning_numbers_are_the_official_ones(
         "drop_path_rate": drop_path,
         **({"position": "per_block", "final_norm": False} if settings.student.model == "vit" else {}),
     }
+
+
+def test_swinv2_g_is_fine_tuned_as_in_its_paper() -> None:
+    """arXiv 2111.09883: 640 px, 10 epochs, 2 of warm-up; the windows are those it was distilled with."""
+    settings, distilled = config.load("swinv2_g_finetune"), config.load("swinv2_g")
+    optim, schedule, args = settings.optim, settings.schedule, settings.student.args
+    assert (optim.batch_size, optim.lr, optim.weight_decay, optim.clip_grad) == (576, 2.1e-5, 0.1, 100.0)
+    assert (schedule.epochs, schedule.warmup_epochs, settings.data.image_size) == (10, 2, 640)
+    assert args["drop_path_rate"] == 0.5
+    before, now = backbone(distilled), backbone(settings)
+    trained = [stage.blocks[0].attn.window[0] for stage in before.layers]
+    assert args["pretrained_window_sizes"] == trained == [12, 12, 12, 6]
+    assert [stage.blocks[0].attn.window[0] for stage in now.layers] == [40, 40, 40, 20]
 
 
 @pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, "demo", "demo_finetune"])
