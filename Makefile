@@ -4,10 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo all test quick faults slurm lint format types bench docs clean help
+.PHONY: demo demo-finetune all test quick faults slurm lint format types bench docs clean help
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
 
 $(STAMP): requirements.lock setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] <= (3, 13) else f"fdscale needs Python 3.11, 3.12 or 3.13, and {sys.executable} is {sys.version.split()[0]}: make PYTHON=/path/to/python")'
@@ -19,6 +19,9 @@ $(STAMP): requirements.lock setup.py pyproject.toml
 
 demo: $(STAMP) ## distil a real teacher on real photographs, on this machine
 	$(BIN)/python -m fdscale.demo
+
+demo-finetune: $(STAMP) ## after it: the student as a classifier of digits, on this machine
+	$(BIN)/python -m fdscale.demo_finetune
 
 all: $(STAMP) ## everything that this machine can run: what CI runs
 	$(BIN)/python -m pytest --durations=25

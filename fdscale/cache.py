@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fdscale import UserError, config, dist
-from fdscale.assemble import Parts, assemble, cache_plan, learnt_tokens, numbered_stream, to_device
+from fdscale.assemble import Parts, assemble, cache_plan, learnt_tokens, numbered_stream
 from fdscale.data import feature_files
 from fdscale.data.features import HEADER, Plan, encode, is_whole, written
+from fdscale.inputs import to_device
 from fdscale.run import Losses, too_many
 from fdscale.signals import STOP_SIGNALS
 

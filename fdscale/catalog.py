@@ -5,12 +5,10 @@ from __future__ import annotations
 import json as json_module
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from fdscale import config
-from fdscale.models import backbone as build_backbone
+from fdscale import config, student
 
 
 def main(recipe: str | None, keys: bool, json: bool) -> int:
@@ -30,11 +28,7 @@ def main(recipe: str | None, keys: bool, json: bool) -> int:
 
 def parameters(settings: config.Config) -> int:
     """Number of parameters of the student's backbone, counted on the meta device."""
-    with torch.device("meta"):
-        student = build_backbone(
-            settings.student.model, {"img_size": settings.data.image_size, **settings.student.args}
-        )
-    return sum(parameter.numel() for parameter in student.parameters())
+    return sum(parameter.numel() for parameter in student.backbone(settings).parameters())
 
 
 def _print_list(json: bool) -> None:
@@ -45,9 +39,11 @@ def _print_list(json: bool) -> None:
         rows.append(
             {
                 "recipe": name,
+                "task": config.task_of(settings),
                 "student": settings.student.model,
                 "parameters": parameters(settings),
-                "teacher": settings.teacher.source,
+                "teacher": settings.teacher.source or None,
+                "classes": settings.classify.classes,
                 "image_size": settings.data.image_size,
                 "batch_size": settings.optim.batch_size,
                 "length": f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.steps} steps",
@@ -58,13 +54,12 @@ def _print_list(json: bool) -> None:
         print(json_module.dumps(rows, indent=1))
         return
     table = Table(box=None, pad_edge=False)
-    for column in ("recipe", "parameters", "teacher", "px", "batch", "length"):
+    for column in ("recipe", "parameters", "learns from", "px", "batch", "length"):
         table.add_column(column, justify="right" if column in ("parameters", "px", "batch") else "left", no_wrap=True)
     for row in rows:
         count = f"{row['parameters']:,}"
-        table.add_row(
-            row["recipe"], count, row["teacher"], str(row["image_size"]), str(row["batch_size"]), row["length"]
-        )
+        source = row["teacher"] or f"labels of {row['classes']} classes"
+        table.add_row(row["recipe"], count, source, str(row["image_size"]), str(row["batch_size"]), row["length"])
     Console(width=140, highlight=False).print(table)
     print(
         "\n`fdscale recipes NAME` shows one with its source, command and expected result; `fdscale recipes --keys` "

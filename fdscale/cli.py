@@ -34,6 +34,8 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"fdscale {__version__}")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True)
     _distill(verbs)
+    _finetune(verbs)
+    _evaluate(verbs)
     _submit(verbs)
     _cache(verbs)
     _export(verbs)
@@ -67,6 +69,21 @@ def _distill(verbs: argparse._SubParsersAction) -> None:
     sub = _verb(
         verbs, "distill", "fdscale.distill:main", "train a student on the features of a frozen teacher", example
     )
+    _training(sub)
+
+
+def _finetune(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale finetune clip_vit_base_300_finetune --run runs/clip-b-ft --ds ds_configs/zero1.json \\\n"
+        "    --set student.weights=runs/clip-b --set data.shards='/data/imagenet/train-{0000..0639}.tar' \\\n"
+        "    --set data.heldout_shards=/data/imagenet/val\n"
+        "  student.weights: a run of `fdscale distill`, or a file. The same command again goes on where it stopped."
+    )
+    text = "train a distilled student as a classifier of images"
+    _training(_verb(verbs, "finetune", "fdscale.finetune:main", text, example))
+
+
+def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
     sub.add_argument("--steps", type=int, metavar="N", help="stop after step N; the schedule keeps its shape")
@@ -74,6 +91,26 @@ def _distill(verbs: argparse._SubParsersAction) -> None:
     ds = "DeepSpeed JSON: ZeRO stage, offload, precision (default: ZeRO 0 in float32)"
     sub.add_argument("--ds", metavar="FILE", help=ds)
     sub.add_argument("--resume", metavar="CHECKPOINT", help="start a new run from another run's checkpoint directory")
+
+
+def _evaluate(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale evaluate runs/clip-b-ft --set data.heldout_shards=/data/imagenet/val\n"
+        "  With torchrun or srun, ranks share the work; the result is the same. Weights of others, by a recipe:\n"
+        "  fdscale evaluate clip_vit_base_300_finetune --weights clip_b_ft.pth --set data.heldout_shards=..."
+    )
+    text = "measure a classifier's accuracy on the held-out set, each image once"
+    sub = _verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)
+    where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
+    sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
+    sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")
+    sub.add_argument("--weights", metavar="FILE", help="take a whole classifier's weights from a file")
+    _set(sub)
+    sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
+    sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the network")
+    to = "JSON file to write, with the accuracy of each class (default: RUN/evaluation/STEP.json)"
+    sub.add_argument("--out", metavar="FILE", help=to)
+    sub.add_argument("--json", action="store_true", help="print it, too")
 
 
 def _submit(verbs: argparse._SubParsersAction) -> None:
@@ -100,7 +137,8 @@ def _submit(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--after", metavar="JOBID", help="start once that job is done; if it fails, never")
     array = "a job array: each line of the file holds overrides, such as optim.lr=1e-3; line K runs in DIR/K, K from 0"
     sub.add_argument("--array", metavar="FILE", help=array)
-    sub.add_argument("--verb", dest="script", default="distill", metavar="VERB", help="what to run (default: distill)")
+    verb = "what to run: distill, finetune or evaluate (default: distill)"
+    sub.add_argument("--verb", dest="script", default="distill", metavar="VERB", help=verb)
     sub.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
     rest = "everything after it goes to sbatch, for example --sbatch --exclusive --mem=0"
     sub.add_argument("--sbatch", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help=rest)
@@ -324,8 +362,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # torchrun's own parser stumbles over --run (it has --run-path) on Python 3.11, unless `--` stands before the verb.
     arguments = vars(parser().parse_args(words[1:] if words[:1] == ["--"] else words))
-    if arguments["verb"] == "distill" and argv is None:
+    if arguments["verb"] in ("distill", "finetune") and argv is None:
         signals.leave_at_once()
+    elif arguments["verb"] == "evaluate" and argv is None:
+        signals.leave_at_once("in an evaluation")
     for key in ("verb", "what"):
         arguments.pop(key, None)
     module, _, function = arguments.pop("target").partition(":")

@@ -24,6 +24,9 @@ from fdscale import UserError
 from fdscale.keys import Config
 from fdscale.strict import hints_of, nearest, read_yaml, section, value_of
 
+VERBS = {"distill": "distill", "cache": "distill", "finetune": "finetune", "evaluate": "finetune"}  # and their tasks
+UNUSED = {"distill": ("classify",), "finetune": ("teacher", "objective", "cache")}  # sections that a task leaves aside
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
@@ -44,17 +47,15 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
         tree = read_yaml(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    config = section(Config, tree if tree is not None else {}, "", str(path))
-    for text in overrides:
-        config = _override(config, text)
-    check(config, f"{path}{' with --set' if overrides else ''}")
-    return config
+    return from_dict(tree if tree is not None else {}, str(path), overrides)
 
 
-def from_dict(tree: dict[str, Any], where: str) -> Config:
+def from_dict(tree: dict[str, Any], where: str, overrides: Sequence[str] = ()) -> Config:
     """The config of `as_dict` back, with the same checks as a recipe."""
     config = section(Config, tree, "", where)
-    check(config, where)
+    for text in overrides:
+        config = _override(config, text)
+    check(config, f"{where}{' with --set' if overrides else ''}")
     return config
 
 
@@ -106,6 +107,31 @@ def _override(config: Config, text: str) -> Config:
     return dataclasses.replace(config, **{keys[0]: dataclasses.replace(section, **{keys[1]: converted})})
 
 
+def task_of(config: Config) -> str:
+    """What a recipe is for, a key of UNUSED."""
+    return "distill" if config.classify.classes is None else "finetune"
+
+
+def check_verb(config: Config, verb: str) -> None:
+    """Raise UserError where a verb is given a recipe of another kind."""
+    task, wanted = task_of(config), VERBS.get(verb)
+    if wanted == "distill" and task != wanted:
+        raise UserError(
+            f"the recipe is for fine-tuning (classify.classes is {config.classify.classes}): run it with `fdscale "
+            "finetune`, or set classify.classes=null"
+        )
+    if wanted == "finetune" and task != wanted:
+        raise UserError(
+            f"the recipe is for distillation (classify.classes is not set), and `fdscale {verb}` needs the number of "
+            "classes: take a recipe for fine-tuning (`fdscale recipes`), or --set classify.classes=1000"
+        )
+
+
+def together(config: Config) -> int:
+    """Consecutive samples that must be in one micro-batch: fine-tuning mixes pairs (`data.mixing`)."""
+    return 2 if task_of(config) == "finetune" else 1
+
+
 def check(config: Config, where: str) -> None:
     """Rules that span several keys."""
     schedule = config.schedule
@@ -123,6 +149,17 @@ def check(config: Config, where: str) -> None:
     if cache.epochs is None and (cache.features is not None or cache.dtype != "same"):
         raise UserError(
             f"{where}: cache.features and cache.dtype need cache.epochs, the epochs after which samples repeat"
+        )
+    if task_of(config) == "finetune" and cache.epochs is not None:
+        raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
+    if config.classify.head != "fresh" and config.student.weights is None:
+        raise UserError(
+            f"{where}: classify.head is {config.classify.head}, but student.weights, which holds it, is not set"
+        )
+    if config.memory.micro_batch % together(config):
+        raise UserError(
+            f"{where}: memory.micro_batch is {config.memory.micro_batch}; fine-tuning mixes samples in pairs and needs "
+            "an even number"
         )
     for name in ("scale", "ratio"):
         low, high = getattr(config.data, name)
@@ -169,13 +206,13 @@ def trajectory(config: Config) -> dict[str, Any]:
 
     Files are identified by their content elsewhere.
     """
-    excluded = {"student.weights", "teacher.weights"}
+    excluded = {"student.weights", "teacher.weights", "classify.head"}
     if config.cache.epochs is None:  # the section does nothing, and runs from before it was there go on
         excluded |= {"cache.epochs", "cache.dtype"}
     values = {}
     for key, _, entry in fields():
-        if not entry.metadata["neutral"] and key not in excluded:
-            section, name = key.split(".")
+        section, name = key.split(".")
+        if not entry.metadata["neutral"] and key not in excluded and section not in UNUSED[task_of(config)]:
             values[key] = getattr(getattr(config, section), name)
     return json.loads(json.dumps(values))
 

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor
 
 from fdscale import UserError, config
-from fdscale.assemble import assemble, build_student, initial_values, normalise
+from fdscale.assemble import assemble, build_student
 from fdscale.data.augment import eval_view
 from fdscale.diagnose.plots import pca_to_rgb, picture_table, project
 from fdscale.engine import checkpoint
+from fdscale.inputs import normalise
 from fdscale.models import convert
 from fdscale.models.teachers import Teacher
 from fdscale.objective import Distiller, whiten
+from fdscale.student import initial_values
 
 # Package and file of each photograph; sources and licences are in docs/data.md.
 HELD_OUT = {

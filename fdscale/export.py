@@ -1,4 +1,4 @@
-"""`fdscale export`: a student's weights out of a checkpoint, without optimizer, projector or teacher.
+"""`fdscale export`: a student's weights out of a checkpoint, with its head if it has one; no optimizer, no projector.
 
 Memory holds one parameter at a time, whatever ranks wrote the checkpoint. A directory gets the layout of Hugging Face:
 model-00001-of-0000N.safetensors and an index. What is written appears under its name when it is whole.
@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from fdscale import UserError, __version__, config
-from fdscale.engine import checkpoint, tensor_file
+from fdscale.engine import tensor_file
 from fdscale.engine.contents import Damaged
 from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
-from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.run import write_atomically
+from fdscale.student import PREFIX, backbone, build_classifier, find_checkpoint
 
-PREFIX = "backbone."  # of the student's parameters in the module that is trained
+PROJECTOR = "projector."  # of a distillation, which is not exported
 SUFFIX = ".safetensors"
 INDEX = "model.safetensors.index.json"
 OTHER_KINDS = (".pt", ".pth", ".bin", ".ckpt", ".npz", ".onnx")
@@ -39,7 +39,7 @@ def main(source: str, out: str, names: str, force: bool, dtype: str, shard_gib: 
         raise UserError(f"{out}: give a name that ends in .safetensors, or the name of a directory")
     if not 0 < shard_gib < math.inf:
         raise UserError(f"--shard-gib {shard_gib}: expected a size above 0")
-    found = find(Path(source))
+    found = find_checkpoint(Path(source))
     if os.path.lexists(target):
         if not force:
             raise UserError(f"{out} exists; give another name, or --force to replace it")
@@ -50,24 +50,6 @@ def main(source: str, out: str, names: str, force: bool, dtype: str, shard_gib: 
         raise UserError(f"{found}: {damage}") from None
     print(f"{found}: step {step}, {count / 1e6:.2f} M parameters -> {out} ({names} names, {dtype})")
     return 0
-
-
-def find(source: Path) -> Path:
-    """The checkpoint meant by a run directory or a checkpoint directory.
-
-    Raises UserError where there is no valid one.
-    """
-    if not source.is_dir():
-        raise UserError(f"{source}: no such run or checkpoint directory")
-    if os.path.lexists(source / "manifest.json"):
-        problem = checkpoint.verify(source)
-        if problem:
-            raise UserError(f"{source}: {problem}")
-        return source
-    found, skipped = checkpoint.newest_valid(source / "checkpoints")
-    if found is None:
-        raise UserError(f"{source} holds no valid checkpoint{': ' + skipped[0] if skipped else ''}")
-    return found
 
 
 def check_replaceable(target: Path) -> None:
@@ -121,18 +103,30 @@ def export(
 
 
 def student(reader: Reader, names: str, found: Path) -> tuple[dict[str, tuple[str, torch.Size]], dict[str, str]]:
-    """Exported name -> the checkpoint's name and shape, for all of the student; and what to say about them."""
+    """Exported name -> the checkpoint's name and shape, for all of the student; and what to say about them.
+
+    Of a classifier that is the head, too. Raises UserError where the checkpoint and its config do not fit.
+    """
     settings = config.from_dict(reader.state["config"], str(found / "state.json"))
-    with torch.device("meta"):
-        model = build_backbone(settings.student.model, {"img_size": settings.data.image_size, **settings.student.args})
+    model = backbone(settings)
     shapes = {f"{PREFIX}{name}": parameter.shape for name, parameter in model.named_parameters()}
-    kept = {name: shape for name, shape in reader.state["parameters"].items() if name.startswith(PREFIX)}
-    if kept != {name: list(shape) for name, shape in shapes.items()}:
-        raise UserError(f"{found}: its student is not the one that its config describes")
     # Renaming keeps the order, one name for one parameter.
     origins = dict(zip(convert.export(model, names), shapes.items(), strict=True))
+    if config.task_of(settings) == "finetune":
+        for name, parameter in build_classifier(settings, model).named_parameters():
+            if name not in shapes:
+                shapes[name] = parameter.shape
+                origins[head_name(name, names, settings.student.model)] = (name, parameter.shape)
+    kept = {name: shape for name, shape in reader.state["parameters"].items() if not name.startswith(PROJECTOR)}
+    if kept != {name: list(shape) for name, shape in shapes.items()}:
+        raise UserError(f"{found}: its student is not the one that its config describes")
     step, model_name = str(reader.state["step"]), settings.student.model
     return origins, {"fdscale": __version__, "step": step, "model": model_name, "names": names}
+
+
+def head_name(name: str, names: str, model: str) -> str:
+    """What others call a parameter of the norm or the head: BEiT as we do, timm's Swin has head.fc."""
+    return name.replace("head.", "head.fc.") if (names, model) == ("timm", "swin_v2") else name
 
 
 def values(

@@ -20,7 +20,11 @@ class Student:
     args: dict[str, Any] = option(
         {}, "constructor arguments of fdscale.models.swin_v2.SwinV2 or fdscale.models.vit.ViT"
     )
-    weights: str | None = option(None, "file of initial weights; null: random, as the paper's students are")
+    weights: str | None = option(
+        None,
+        "initial weights: a file, or a run directory, whose newest checkpoint is taken; null: random, as the paper's "
+        "students are",
+    )
     seed: int = option(0, "seed of initial weights and drop path", low=0, high=2**63 - 1)
 
 
@@ -60,6 +64,45 @@ class Objective:
 
 
 @dataclass(frozen=True)
+class Classify:
+    """Fine-tuning as a classifier of images, and its evaluation; distillation leaves all of it aside.
+
+    Defaults as in the official repository's configs/finetune; the augmentations are timm's.
+    """
+
+    classes: int | None = option(None, "classes that the head tells apart; null: the recipe distils", low=1)
+    head: str = option(
+        "fresh",
+        "fresh: a new head; loaded: that of student.weights, with the norm before it; or a file of as many class "
+        "numbers as there are classes, one a line: these rows of it, as map22kto1k.txt of microsoft/Swin-Transformer",
+    )
+    head_scale: float = option(1e-3, "factor of a fresh head's initial weights (BEiT's init_scale)", low=0.0)
+    label_smoothing: float = option(0.1, "share of each target that all classes get alike", low=0.0, high=0.999)
+    mixup: float = option(0.8, "alpha of mixup's Beta distribution; 0: no mixup", low=0.0, high=2.0)
+    cutmix: float = option(1.0, "alpha of CutMix's Beta distribution; 0: no CutMix", low=0.0, high=2.0)
+    mix_prob: float = option(1.0, "probability that a sample is mixed at all", low=0.0, high=1.0)
+    switch_prob: float = option(0.5, "probability of CutMix where both are on", low=0.0, high=1.0)
+    mix_group: int = option(
+        128,
+        "consecutive samples that share lambda and box: 1 each its own, 2 each pair, 128 as in the official batch of a "
+        "GPU",
+        low=1,
+    )
+    randaugment: str | None = option("rand-m9-mstd0.5-inc1", "timm's name of a RandAugment policy; null: none")
+    erase: float = option(0.25, "probability of random erasing with noise, once per image", low=0.0, high=1.0)
+    crop_ratio: float = option(
+        0.875, "evaluation: side of the centre crop as a share of the short side", low=0.01, high=1.0, neutral=True
+    )
+    statistics: str = option(
+        "training",
+        "evaluation: normalisation, that of training (ImageNet's), or clip: CLIP's, with which the official code "
+        "evaluates although it trains with ImageNet's",
+        choices=("training", "clip"),
+        neutral=True,
+    )
+
+
+@dataclass(frozen=True)
 class Data:
     """Which images, in which order, seen how."""
 
@@ -74,8 +117,8 @@ class Data:
     )
     heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
     heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
-    heldout_samples: int = option(
-        5000, "samples: evaluate on the first so many of the held-out set", low=1, neutral=True
+    heldout_samples: int | None = option(
+        5000, "samples: evaluate on the first so many of the held-out set; null: on all", low=1, neutral=True
     )
     seed: int = option(0, "seed of sample order and augmentation", low=0, high=2**63 - 1)
     lanes: int | None = option(
@@ -252,6 +295,7 @@ class Config:
     student: Student = field(default_factory=Student)
     teacher: Teacher = field(default_factory=Teacher)
     objective: Objective = field(default_factory=Objective)
+    classify: Classify = field(default_factory=Classify)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)

@@ -120,7 +120,7 @@ def newest_whole(checkpoints: Path) -> int | None:
 
 def _last_values(metrics: Path) -> dict[str, Any]:
     """The last loss, held-out loss and speed in a log that may be torn, or written to just now."""
-    values: dict[str, Any] = {"loss": None, "heldout_loss": None, "images_per_s": None}
+    values: dict[str, Any] = {"loss": None, "heldout_loss": None, "heldout_top1": None, "images_per_s": None}
     with contextlib.suppress(FileNotFoundError), metrics.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         for line in file.read().splitlines():
@@ -188,8 +188,19 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for name in ("run", "state", "step", "saved", "loss", "held-out", "images/s", "restarts", "goodput", "the rest"):
-        table.add_column(name, justify="left" if name in ("run", "state", "the rest") else "right")
+    classified = any(row["heldout_top1"] is not None for row in rows)
+    numbers = (
+        "step",
+        "saved",
+        "loss",
+        "held-out",
+        *(["top-1"] if classified else []),
+        "images/s",
+        "restarts",
+        "goodput",
+    )
+    for name in ("run", "state", *numbers, "the rest"):
+        table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         table.add_row(
             row["run"],
@@ -198,6 +209,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             _shown(row["checkpoint_step"], "{:d}"),
             _shown(row["loss"], "{:.4f}"),
             _shown(row["heldout_loss"], "{:.4f}"),
+            *([_shown(row["heldout_top1"], "{:.2%}")] if classified else []),
             _shown(row["images_per_s"], "{:.1f}"),
             str(row["restarts"]),
             _shown(row["goodput"], "{:.1%}"),

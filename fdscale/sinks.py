@@ -17,6 +17,7 @@ from fdscale.starts import write_atomically
 LINE = (
     ("loss", "loss {:.4f}"),
     ("heldout_loss", "held-out {:.4f}"),
+    ("heldout_top1", "top-1 {:.2%}"),
     ("heldout_trivial", "(constant predictor {:.4f})"),
     ("lr", "lr {:.2e}"),
     ("grad_norm", "grad norm {:.3f}"),

@@ -54,7 +54,9 @@ def main(
         )
     gpus = int(gpus_per_node.rpartition(":")[2])
     ranks = nodes * max(gpus, 1)
-    configs = read_configs(recipe, set, array, ranks)
+    configs = read_configs(script, recipe, set, array, ranks)
+    if ds is not None and script == "evaluate":
+        raise UserError("--ds is for training; evaluate has no use for a ds_config")
     ds_config.read(ds)
     if not dry_run and not shutil.which("sbatch"):
         raise UserError("there is no sbatch here: submit from a login node of the cluster, or look with --dry-run")
@@ -98,14 +100,14 @@ def scripts_folder() -> Path:
     return inside if inside.is_dir() else ROOT / "slurm"
 
 
-def read_configs(recipe: str, overrides: list[str], array: str | None, ranks: int) -> list[config.Config]:
+def read_configs(verb: str, recipe: str, overrides: list[str], array: str | None, ranks: int) -> list[config.Config]:
     """The config of the job, or of each of an array's tasks, checked as far as that is quick.
 
     Raises UserError that names the line of the array's file.
     """
     if array is None:
         settings = config.load(recipe, overrides)
-        check(settings, ranks)
+        check(verb, settings, ranks)
         return [settings]
     try:
         lines = [line for line in Path(array).read_text().splitlines() if line.strip()]
@@ -117,15 +119,20 @@ def read_configs(recipe: str, overrides: list[str], array: str | None, ranks: in
     for number, line in enumerate(lines):
         try:
             configs.append(config.load(recipe, [*overrides, *shlex.split(line)]))
-            check(configs[-1], ranks)
+            check(verb, configs[-1], ranks)
         except ValueError as error:  # also of shlex
             raise UserError(f"{array}, line {number + 1}: {error}") from None
     return configs
 
 
-def check(settings: config.Config, ranks: int) -> None:
+def check(verb: str, settings: config.Config, ranks: int) -> None:
     """What would stop the job as soon as it starts, as far as this machine can tell. Raises UserError."""
     data, batch = settings.data, settings.optim.batch_size
+    config.check_verb(settings, verb)
+    if verb == "evaluate":
+        if not data.heldout_shards:
+            raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
+        return
     if not data.shards:
         raise UserError("data.shards is not set: --set data.shards=DIRECTORY_OR_PATTERN")
     ds_config.accumulation(batch, settings.memory.micro_batch, ranks)
@@ -138,7 +145,7 @@ def check(settings: config.Config, ranks: int) -> None:
         else:
             lanes = default_lanes(batch, len(index.names), index.samples)
     if lanes is not None:
-        check_world(lanes, ranks)
+        check_world(lanes, ranks, config.together(settings))
 
 
 def next_folder(parent: Path) -> Path:

@@ -45,6 +45,28 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of shards of scikit-learn's digits: train, 1200 of them, and heldout, 101 others and 2 broken ones."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    from fdscale.data.recode import Recoding
+    from fdscale.data.shards import make
+
+    folder, digits = tmp_path_factory.mktemp("digits"), load_digits()
+    for number in range(1301):
+        part, label = ("train" if number < 1200 else "heldout"), str(digits.target[number])
+        path = folder / "photos" / part / label / f"{number:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[number] * 255 / 16).astype("uint8")).save(path)
+    for name in ("3/broken.png", "7/broken.png"):
+        (folder / "photos" / "heldout" / name).write_bytes(b"no image")
+    for part in ("train", "heldout"):
+        make(folder / "photos" / part, folder / part, samples_per_shard=40, recoding=Recoding(False, None, None))
+    return folder
+
+
 @pytest.fixture
 def tiny(shards: Path) -> Callable[..., list[str]]:
     """Arguments of a tiny distillation on real photographs."""

@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
 APPS = {
-    "assemble", "recovery", "distill", "submit", "export", "cache", "catalog", "doctor", "pack", "demo", "bench",
-    "runs",
+    "assemble", "distill", "finetune", "evaluate", "submit", "export", "cache", "catalog", "doctor", "pack", "demo",
+    "demo_finetune", "bench", "runs",
 }  # fmt: skip
+SHARED = {"inputs", "student", "recovery", "job"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
@@ -32,11 +33,17 @@ MAY_IMPORT = {
     "run": {"config", "keys", "dist", "signals", "sinks", "starts", "watchdog"},
     "engine": {"config", "keys", "dist", "run", "starts"},
     "train": {"engine", "run", "keys", "dist", "watchdog"},
+    "recovery": {"train", "engine", "run", "dist"},
+    "inputs": {"config", "keys", "data", "dist", "engine"},
+    "student": {"config", "models", "engine", "tasks"},
+    "job": {"config", "data", "dist", "engine", "inputs", "recovery", "run", "starts", "train", "watchdog"},
+    "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data"},
     "cli": {"config", "signals", *APPS},
     **{
         app: {
             "train",
+            "tasks",
             "models",
             "data",
             "objective",
@@ -47,9 +54,8 @@ MAY_IMPORT = {
             "config",
             "keys",
             "dist",
-            "recovery",
             "signals",
-            "watchdog",
+            *SHARED,
             *APPS,
         }
         for app in APPS
@@ -58,7 +64,7 @@ MAY_IMPORT = {
 HOMES = {  # package -> files that may import it
     "deepspeed": ("engine/",),
     "triton": ("kernels/",),
-    "timm": ("models/teachers.py", "models/frozen.py", "demo.py", "bench/"),
+    "timm": ("models/teachers.py", "models/frozen.py", "data/randaugment.py", "demo.py", "bench/"),
     "open_clip": ("models/teachers.py",),
     "matplotlib": ("diagnose/plots.py",),
     "fairscale": ("engine/memory.py",),

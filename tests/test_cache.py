@@ -25,10 +25,11 @@ from skimage import data as photographs
 from torch import Tensor
 
 from fdscale import UserError, config
-from fdscale.assemble import Parts, assemble, to_device, train_stream, training_target
+from fdscale.assemble import Parts, assemble, train_stream, training_target
 from fdscale.cache import DONE, STOPPED, _ahead
 from fdscale.cache import cache as write_cache
 from fdscale.data.shards import make
+from fdscale.inputs import to_device
 from fdscale.objective import feature_loss
 
 pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
@@ -171,7 +172,7 @@ def test_targets_are_those_of_the_live_teacher(
 def test_without_epochs_the_section_does_nothing(shards: Path) -> None:
     plain = config.load("demo", [*TINY, f"data.shards={shards}"])
     assert not [key for key in config.trajectory(plain) if key.startswith("cache.")]
-    assert assemble(plain, 1).order.span is None
+    assert assemble(plain, 1).inputs.order.span is None
     named = config.load("demo", [*TINY, f"data.shards={shards}", EPOCHS, "cache.features=/somewhere"])
     assert [key for key in config.trajectory(named) if key.startswith("cache.")] == ["cache.epochs", "cache.dtype"]
 

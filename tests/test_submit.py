@@ -50,6 +50,17 @@ def test_a_dry_run_shows_the_job_and_writes_nothing(submit: Callable[..., str], 
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 
 
+def test_other_verbs_have_their_own_script(submit: Callable[..., str], tmp_path: Path) -> None:
+    classes = ("--set", "classify.classes=3")
+    text = submit("--dry-run", "--verb", "finetune", "--after", "17", *classes)
+    assert 'job.sh" finetune "$@"' in text
+    assert "#SBATCH --dependency=afterok:17" in text
+    (tmp_path / "zero1.json").write_text("{}")
+    evaluate = ("--dry-run", "--verb", "evaluate", *classes, "--set", "data.heldout_shards=/data/val")
+    assert f"config.yaml --run {tmp_path}/run\n" in submit(*evaluate)
+    assert "--ds is for training" in submit(*evaluate, "--ds", str(tmp_path / "zero1.json"), code=2)
+
+
 def test_an_array_runs_one_line_each(submit: Callable[..., str], tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     lines.write_text("optim.lr=1e-3 data.seed=1\n\noptim.lr=2e-3\n")
@@ -65,7 +76,11 @@ def test_an_array_runs_one_line_each(submit: Callable[..., str], tmp_path: Path)
         (["--set", "optim.batch_size=10"], None, "not divisible by memory.micro_batch 2 x 4 ranks"),
         (["--set", "data.lanes=2"], None, "does not divide the 2 lanes"),
         (["--gpus-per-node", "many"], None, "a100:8"),
-        (["--verb", "train"], None, "known: distill"),
+        (["--verb", "train"], None, "known: distill, evaluate, finetune"),
+        (["--verb", "finetune"], None, "`fdscale finetune` needs the number of classes"),
+        (["--set", "classify.classes=3"], None, "run it with `fdscale finetune`"),
+        (["--verb", "finetune", "--set", "classify.classes=3", "--set", "data.lanes=4"], None, "taken 2 at a time"),
+        (["--verb", "evaluate", "--set", "classify.classes=3"], None, "data.heldout_shards is not set"),
         (["--ds", "absent.json"], None, "absent.json"),
         ([], "optim.lr=1e-3\noptim.lr=fast\n", "line 2"),
         ([], "optim.lr='1e-3\n", "line 1"),

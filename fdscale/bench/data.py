@@ -30,7 +30,6 @@ from PIL import Image, features
 from torch.utils.data import DataLoader
 
 from fdscale import UserError
-from fdscale.assemble import MEAN, STD
 from fdscale.data import jpeg
 from fdscale.data.augment import train_view
 from fdscale.data.index import open_index
@@ -38,6 +37,7 @@ from fdscale.data.indexing import index
 from fdscale.data.order import Order
 from fdscale.data.shards import make
 from fdscale.data.stream import Samples, batches
+from fdscale.inputs import MEAN, STD
 
 SIZE = 224  # pixels: side of a view
 BATCH = 32  # images in a micro-batch of a loader

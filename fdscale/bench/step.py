@@ -32,13 +32,13 @@ import torch
 from torch import Tensor, nn
 
 from fdscale import config, dist
-from fdscale.assemble import normalise
 from fdscale.engine.guard import Guard
 from fdscale.engine.initialize import initialize
 from fdscale.engine.metrics import Meter, Work
 from fdscale.engine.room import Room
 from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
+from fdscale.inputs import normalise
 from fdscale.models import backbone
 from fdscale.models.layers import initial_value
 from fdscale.models.teachers import Teacher, load_teacher

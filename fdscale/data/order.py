@@ -11,7 +11,8 @@ follow one another without a gap: a batch may hold the last samples of one and t
 Randomness is the raw output of Philox, keyed by (seed, epoch), sorted: numpy keeps raw streams the same from version
 to version, which it does not promise of its `permutation`. The second word of the counter keeps the uses apart: 0
 views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py, reshard.py), 4
-replacements of lost samples (stream.py), 5 mixtures (mixture.py), 6 a sample for statistics (stats.py).
+replacements of lost samples (stream.py), 5 mixtures (mixture.py), 6 a sample for statistics (stats.py), 7 RandAugment
+(randaugment.py), 8 mixup and CutMix, 9 erasing (mixing.py).
 
 Letters: N samples in the set, C lanes, M samples in a block, n sample number, k numbers asked for.
 """
@@ -185,13 +186,18 @@ def check_seed(seed: int) -> None:
         raise UserError(f"seed is {seed}, expected a whole number from 0 to 2**63-1")
 
 
-def check_world(lanes: int, world: int) -> None:
-    """Raise UserError, naming the usable world sizes, unless `world` ranks can share `lanes` lanes evenly."""
-    if world < 1 or lanes % world:
-        usable = ", ".join(str(d) for d in _divisors(lanes))
+def check_world(lanes: int, world: int, together: int = 1) -> None:
+    """Raise UserError, naming the usable world sizes, unless `world` ranks can share `lanes` lanes evenly.
+
+    together: consecutive lanes that stay on one rank.
+    """
+    if world < 1 or lanes % (world * together):
+        usable = ", ".join(str(d) for d in _divisors(lanes // together)) if lanes % together == 0 else "none"
+        pairs = f", taken {together} at a time" if together > 1 else ""
         raise UserError(
-            f"world size {world} does not divide the {lanes} lanes of the sample order; usable world sizes: {usable}. "
-            f"Run on one of these, or start a new run with a number of lanes that {world} divides"
+            f"world size {world} does not divide the {lanes} lanes of the sample order{pairs}; usable world sizes: "
+            f"{usable}. Run on one of these, or start a new run with a number of lanes (data.lanes) that "
+            f"{world * together} divides"
         )
 
 

@@ -41,15 +41,18 @@ class Need(NamedTuple):
 Plan = Callable[[int], tuple[Hashable, Callable[[], Need]]]  # of a number: (changes when the need does, the need)
 
 
-def plan_of_lanes(order: Order | Mixture, rank: int, world: int, ranks: int) -> Plan:
-    """What a rank that goes through an order needs. ranks: on each machine, numbered one after another."""
+def plan_of_lanes(order: Order | Mixture, rank: int, world: int, ranks: int, together: int = 1) -> Plan:
+    """What a rank that goes through an order needs. ranks: on each machine, numbered one after another.
+
+    together: consecutive numbers that a rank takes at a time.
+    """
     first = rank - rank % ranks
     near = [other - rank for other in range(first, min(first + ranks, world))]
 
     def plan(number: int) -> tuple[Hashable, Callable[[], Need]]:
         places = order.places(number)
         key = tuple((own // one.samples, own % one.samples // one.lanes // one.block) for one, own, _ in places)
-        return key, lambda: _joined(_need(one, own, world, near, shift) for one, own, shift in places)
+        return key, lambda: _joined(_need(one, own, world, near, shift, together) for one, own, shift in places)
 
     return plan
 
@@ -64,20 +67,22 @@ def plan_of_stretch(order: Sequential, last: int) -> Plan:
     return plan
 
 
-def _need(order: Order, number: int, world: int, near: list[int], shift: int) -> Need:
-    """The need at a number of one set, whose shards are numbered from `shift` on."""
+def _need(order: Order, number: int, world: int, near: list[int], shift: int, together: int) -> Need:
+    """The need at a number of one set, whose shards are numbered from `shift` on; the first that is taken at a time."""
     epoch, place = divmod(number, order.samples)
     step, lane = divmod(place, order.lanes)
     block = step // order.block
 
     def lanes(epoch: int, block: int, residue: int) -> list[list[int]]:
-        mine = range(residue % world, order.lanes, world)
+        step = world * together
+        firsts = range(residue, residue + together)
+        mine = (lane for first in firsts for lane in range(first % step, order.lanes, step))
         return [order.block_shards(epoch, one, block) for one in mine]
 
     present, next_block = lanes(epoch, block, lane), lanes(epoch, block + 1, lane)
     if any(len(one) == 1 for one in next_block):  # of some lanes the present block is the last of the epoch
         next_block += lanes(epoch + 1, 0, number - (epoch + 1) * order.samples)
-    here = [one for other in near for one in lanes(epoch, block, lane + other)]
+    here = [one for other in near for one in lanes(epoch, block, lane + other * together)]
     now, following, held = (
         dict.fromkeys(shard + shift for one in some for shard in one[:-1]) for some in (present, next_block, here)
     )

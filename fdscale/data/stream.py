@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import signal
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
@@ -35,6 +36,7 @@ Batches = Generator[dict[str, Any], None, None]
 Complete = Callable[[dict[str, Any]], dict[str, Any]]
 # A scheduler signals every process of a job; the main process decides what to do, and needs its data until then.
 FOR_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LABEL = ("cls",)  # extension of the member that holds the number of a sample's class
 TRIES = 8  # others drawn for a lost sample, first from its shard, which is at hand, then as many from the whole set
 
 
@@ -45,6 +47,7 @@ class Sample(NamedTuple):
     number: int
     shard: str
     key: str
+    label: int | None = None
     replaced: Replaced | None = None
 
 
@@ -52,13 +55,20 @@ class Samples(Dataset):
     """The samples of a set by number: `samples[n]` is a Sample.
 
     index: where the bytes lie. order: which sample a number means. view: called as view(data, number=n) with the bytes
-    of an image file, for instance `partial(train_view, seed=0, size=224)`. A sample that is Lost is replaced, at random
-    by (seed of the order, number). Raises UserError naming shard and key where no replacement can be had either, or
-    where data are not lost but out of reach.
+    of an image file, for instance `partial(train_view, seed=0, size=224)`. classes: how many there are, where each
+    sample's member .cls is to be read, the number of its class; one without a good number is Lost. A sample that is
+    Lost is replaced, at random by (seed of the order, number). Raises UserError naming shard and key where no
+    replacement can be had either, or where data are not lost but out of reach.
     """
 
-    def __init__(self, index: Index | Joined, order: Order | Mixture | Sequential, view: Callable[..., Tensor]) -> None:
-        self.index, self.order, self.view = index, order, view
+    def __init__(
+        self,
+        index: Index | Joined,
+        order: Order | Mixture | Sequential,
+        view: Callable[..., Tensor],
+        classes: int | None = None,
+    ) -> None:
+        self.index, self.order, self.view, self.classes = index, order, view, classes
 
     def __getitem__(self, number: int) -> Sample:
         return self.__getitems__([number])[0]
@@ -86,8 +96,16 @@ class Samples(Dataset):
         )
 
     def _view(self, number: int, shard: int, row: int) -> Sample:
+        label = None if self.classes is None else self._label(shard, row, self.classes)
         image = self.view(self.index.read(shard, row), number=self._seen(number))
-        return Sample(image, number, self.index.names[shard], self.index.key(shard, row))
+        return Sample(image, number, self.index.names[shard], self.index.key(shard, row), label)
+
+    def _label(self, shard: int, row: int, classes: int) -> int:
+        text = self.index.read(shard, row, LABEL)
+        if not re.fullmatch(rb"\s*\d{1,9}\s*", text) or int(text) >= classes:
+            shown = text[:20].decode(errors="replace").strip()
+            raise Lost(f"its .cls is '{shown}', expected a whole number from 0 to {classes - 1}")
+        return int(text)
 
     def _seen(self, number: int) -> int:
         """The number that decides what is seen: beyond the span of the order, samples repeat as they were."""
@@ -118,31 +136,40 @@ def batches(
     prefetch: int = 2,
     pin_memory: bool = False,
     complete: Complete | None = None,
+    together: int = 1,
 ) -> Batches:
     """The micro-batches of one rank, global batch after global batch, B / (W m) of them for each.
 
     batch_size: B, over all ranks. start: number of the first sample of the first global batch. stop: a sample number;
     the last global batch is the last one that starts below it (None: endless). workers: processes (0: this one).
     prefetch: micro-batches each worker prepares ahead. complete: what it returns for a micro-batch, called in the
-    worker, is added to it (the features of a cached teacher). Yields dicts of images (m, 3, S, S) uint8, numbers (m,)
-    int64, origin, m pairs (shard, key), and replaced, a Replaced for each sample that was lost. Close the iterator to
-    stop the workers. Raises UserError if the sizes do not divide, or data are out of reach.
+    worker, is added to it (the features of a cached teacher). together: t consecutive numbers stay in a micro-batch:
+    rank r takes the slots s with (s // t) mod W = r. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64,
+    origin, m pairs (shard, key), replaced, a Replaced for each sample that was lost, and labels (m,) int64 where the
+    samples have them. Close the iterator to stop the workers. Raises UserError if the sizes do not divide, or data are
+    out of reach.
     """
     assert not isinstance(samples.order, Sequential)
-    check_world(samples.order.lanes, world)
-    if micro_batch < 1 or batch_size < 1 or batch_size % (world * micro_batch):
+    check_world(samples.order.lanes, world, together)
+    if micro_batch < 1 or batch_size < 1 or batch_size % (world * micro_batch) or micro_batch % together:
         share = batch_size // world
-        usable = [str(m) for m in range(1, share + 1) if share % m == 0] if batch_size % world == 0 else []
+        fit = (m for m in range(together, share + 1, together) if share % m == 0)
+        usable = [str(m) for m in fit] if batch_size % world == 0 else []
         raise UserError(
-            f"a batch of {batch_size} does not divide into micro-batches of {micro_batch} on {world} ranks; "
-            + (f"usable micro-batches: {', '.join(usable)}" if usable else f"expected a batch that {world} divides")
+            f"a batch of {batch_size} does not divide into micro-batches of {micro_batch} on {world} ranks"
+            + (f", with {together} samples at a time; " if together > 1 else "; ")
+            + (
+                f"usable micro-batches: {', '.join(usable)}"
+                if usable
+                else f"expected a batch that {world * together} divides"
+            )
         )
     if start < 0:
         raise UserError(f"start is sample number {start}, expected 0 or more")
     assert 0 <= rank < world
-    plan = _Slots(batch_size, micro_batch, rank, world, start, stop)
-    need = plan_of_lanes(samples.order, rank, world, samples.index.cache.ranks)
-    ahead = Prefetch(samples.index, need, start + rank) if samples.index.remote else None
+    plan = _Slots(batch_size, micro_batch, rank, world, start, stop, together)
+    need = plan_of_lanes(samples.order, rank, world, samples.index.cache.ranks, together)
+    ahead = Prefetch(samples.index, need, start + rank * together) if samples.index.remote else None
     return _deliver(samples, plan, workers, prefetch, pin_memory, ahead, complete)
 
 
@@ -164,18 +191,19 @@ def evaluation_batches(
     limit: int | None = None,
     prefetch: int = 2,
     pin_memory: bool = False,
+    classes: int | None = None,
 ) -> Batches:
     """Every sample of a set once, over all ranks, in the same number of micro-batches on each.
 
     view: of the bytes of an image file, for instance `partial(eval_view, size=224)`. Numbers count the samples in the
-    order of the index. limit: only the first so many samples (None: all).
+    order of the index. limit: only the first so many samples (None: all). classes: see `Samples`.
     Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
     micro-batches, or that stands for a lost one.
     """
     assert 0 <= rank < world
     if micro_batch < 1:
         raise UserError(f"micro-batch is {micro_batch}, expected at least 1")
-    samples = Samples(index, Sequential(index.counts), partial(_without_number, view=view))
+    samples = Samples(index, Sequential(index.counts), partial(_without_number, view=view), classes)
     total = index.samples if limit is None else min(limit, index.samples)
     share = -(-total // world)  # each rank reads a stretch of its own
     mine = np.arange(-(-share // micro_batch) * micro_batch) + rank * share
@@ -189,15 +217,17 @@ def evaluation_batches(
 class _Slots:
     """The numbers of one rank's micro-batches, in order."""
 
-    def __init__(self, batch_size: int, micro_batch: int, rank: int, world: int, start: int, stop: int | None) -> None:
+    def __init__(
+        self, batch_size: int, micro_batch: int, rank: int, world: int, start: int, stop: int | None, together: int = 1
+    ) -> None:
         self.batch_size, self.micro_batch, self.rank, self.world = batch_size, micro_batch, rank, world
-        self.start, self.stop = start, stop
+        self.start, self.stop, self.together = start, stop, together
 
     def __iter__(self) -> Iterator[list[int]]:
-        n, width = self.start, self.micro_batch * self.world
+        n, width, step = self.start, self.micro_batch * self.world, self.world * self.together
         while self.stop is None or n < self.stop:
-            for first in range(n + self.rank, n + self.batch_size, width):
-                yield list(range(first, first + width, self.world))
+            for first in range(n + self.rank * self.together, n + self.batch_size, width):
+                yield [i + j for i in range(first, first + width, step) for j in range(self.together)]
             n += self.batch_size
 
 
@@ -283,6 +313,8 @@ def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> di
         "origin": [(sample.shard, sample.key) for sample in samples],
         "replaced": [sample.replaced for sample in samples if sample.replaced],
     }
+    if samples[0].label is not None:
+        batch["labels"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
     try:
         return batch if complete is None else batch | complete(batch)
     except UserError as error:

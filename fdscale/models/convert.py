@@ -7,7 +7,7 @@ beyond the model's parameters:
 | source           | known by                                         | may be left over                               |
 |------------------|--------------------------------------------------|------------------------------------------------|
 | fdscale          | the model's names and nothing else               | nothing                                        |
-| deepspeed        | `backbone.` (a Distiller) or `module.` in front  | projector, head                                |
+| deepspeed        | `backbone.` (ours, in training) or `module.`     | projector, head, fc_norm                       |
 | official-swin-v2 | `cpb_mlp` with buffers or a head                 | buffers, head                                  |
 | timm-swin-v2     | `cpb_mlp`, first downsample in `layers.1`        | buffers, head                                  |
 | fd-swin-v2       | `rpe_mlp`; `encoder.` unless fine-tuned          | buffers, head, decoder, feature_model          |
@@ -49,7 +49,7 @@ HEAD, DECODER, TEACHER = r"head\..+", r"decoder\..+", r"feature_model\..+"
 
 MAY_BE_LEFT_OVER: dict[str, tuple[str, ...]] = {  # source -> patterns of names (whole names)
     "fdscale": (),
-    "deepspeed": (r"projector\..+", HEAD),
+    "deepspeed": (r"projector\..+", HEAD, r"fc_norm\..+"),
     "official-swin-v2": (BUFFERS, HEAD),
     "timm-swin-v2": (BUFFERS, HEAD),
     "fd-swin-v2": (BUFFERS, HEAD, DECODER, TEACHER),
@@ -67,13 +67,14 @@ SHOWN = 20  # lines of each kind in a diff
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
-def load(model: SwinV2 | ViT, state_dict: Mapping[str, Tensor]) -> str:
+def load(model: SwinV2 | ViT, state_dict: Mapping[str, Tensor], trained: nn.Module | None = None) -> str:
     """Fills every parameter of `model` from `state_dict` and returns the name of its source (one of SOURCES).
 
     Values are copied and cast to the parameter's dtype; parameters on the meta device are materialised on the CPU.
     Besides names, these follow the model: a shared position table becomes one per block, tables and pos_embed are
     resized to the model's grid (models/resize.py). For SwinV2 the window the weights were trained with must be the one
-    the model normalises its coordinates by, as far as the buffers in the state dict tell it.
+    the model normalises its coordinates by, as far as the buffers in the state dict tell it, or the network that the
+    weights were trained in (`trained`, which may be on the meta device).
 
     Raises UserError, leaving the model as it was, for an unknown layout or with a diff of what does not fit.
     """
@@ -87,7 +88,7 @@ def load(model: SwinV2 | ViT, state_dict: Mapping[str, Tensor]) -> str:
             "Build the model the weights belong to, or choose other weights."
         )
     if isinstance(model, SwinV2):
-        _check_windows(model, weights)
+        _check_windows(model, weights, trained)
     else:
         weights = _fit_positions(model, weights, parameters)
     weights = _exactly(parameters, weights, source)
@@ -224,13 +225,16 @@ def _share_out(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 # --- SwinV2: windows --------------------------------------------------------------------------------------------------
 
 
-def _check_windows(model: SwinV2, weights: Mapping[str, Tensor]) -> None:
-    """The window that coordinates are divided by must be the one of (pre-)training, where the file's buffers tell it.
+def _check_windows(model: SwinV2, weights: Mapping[str, Tensor], trained: nn.Module | None) -> None:
+    """The window that coordinates are divided by must be the one of (pre-)training, where that is known.
 
     The bias is a function of normalised coordinates, so another window needs no interpolation, but it does need
     pretrained_window_sizes; without it the network still runs, at a loss of accuracy (microsoft/Swin-Transformer #259).
     """
     found: dict[int, tuple[int, bool]] = {}  # stage -> (window, whether it is known to be the normalising one)
+    for number, (first, *_) in enumerate(_attentions(trained) if isinstance(trained, SwinV2) else []):
+        if first.pretrained_window or first.window[0] == first.window[1]:
+            found[number] = (first.pretrained_window or first.window[0], True)
     for name, tensor in weights.items():
         match = re.fullmatch(rf"layers\.(\d+)\.{BUFFERS}", name)
         if match is None or tensor.ndim < 2:

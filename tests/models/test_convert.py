@@ -478,6 +478,18 @@ def test_a_file_fine_tuned_at_a_larger_window_keeps_its_pre_training_window():
     load(swin(**larger, pretrained_window_sizes=(6, 6, 6, 6)), weights)
 
 
+def test_windows_of_weights_without_buffers_are_those_of_the_network_they_come_from():
+    weights, larger = filled(swin_shapes()), {"img_size": 128, "window_size": 8}
+    load(swin(**larger), weights)  # nobody can tell
+    with torch.device("meta"):
+        small, grown = swin(), swin(**larger, pretrained_window_sizes=(4, 4, 4, 2))
+    for trained in (small, grown):
+        with pytest.raises(UserError, match=r"pretrained_window_sizes=\[4, 4, 4, 2\]"):
+            load(swin(**larger), weights, trained)
+        load(swin(**larger, pretrained_window_sizes=(4, 4, 4, 2)), weights, trained)
+    load(swin(), weights, small)
+
+
 def test_half_precision_buffers_are_understood():
     weights = {n: t.half() if t.is_floating_point() else t for n, t in (filled(swin_shapes()) | swin_buffers()).items()}
     load(swin(), weights)

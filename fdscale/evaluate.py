@@ -1,0 +1,258 @@
+"""Evaluating a classifier on the held-out set: while it is fine-tuned, and by `fdscale evaluate`.
+
+Each image counts exactly once on any number of ranks, and what cannot be read is left out and counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json as json_module
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from fdscale import UserError, config, dist, student
+from fdscale.data.augment import eval_view
+from fdscale.data.index import Index
+from fdscale.engine import checkpoint, ema
+from fdscale.engine.initialize import materialise, prepare_environment
+from fdscale.inputs import CLIP_STATISTICS, MEAN, STD, heldout_batches, normalise, open_heldout, to_device
+from fdscale.run import Run
+from fdscale.starts import write_atomically
+from fdscale.tasks.classification import Accuracy, Tally
+
+SHOWN = 5  # samples that were left out, on the console
+
+
+def main(
+    source: str,
+    run: str | None,
+    weights: str | None,
+    set: list[str],
+    ema: bool,
+    dtype: str,
+    out: str | None,
+    json: bool,
+) -> int:
+    """`fdscale evaluate`."""
+    prepare_environment()
+    dist.init()
+    settings, found = find(source, run, weights, set)
+    report = measure(settings, found if found is not None else str(weights), averaged=ema, dtype=dtype)
+    if dist.rank() == 0:
+        _write(report, out or _default_out(found, ema), json)
+    dist.close()
+    return 0
+
+
+def measure(
+    settings: config.Config, weights: Path | str, *, averaged: bool = False, dtype: str = "float32"
+) -> dict[str, Any]:
+    """The accuracy of a checkpoint, or of a file of weights, on the held-out set, as plain data; a collective.
+
+    averaged: take the average of the weights. Raises UserError for what cannot be evaluated.
+    """
+    config.check_verb(settings, "evaluate")
+    index = open_heldout(settings.data)
+    if index is None:
+        raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
+    classifier = student.build_classifier(settings, student.build(settings))
+    file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
+    loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)
+    precision = getattr(torch, dtype)
+    materialise(classifier, lambda name, shape: loaded[name], precision, dist.device())
+    accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision)
+    return {
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "loss": accuracy.loss,
+        "samples": accuracy.samples,
+        "left_out": left_out,
+        "samples_in_set": index.samples,
+        "weights": str(weights),
+        "averaged": averaged,
+        "dtype": dtype,
+        "image_size": settings.data.image_size,
+        "crop_ratio": settings.classify.crop_ratio,
+        "interpolation": settings.data.interpolation,
+        "statistics": settings.classify.statistics,
+        "heldout_shards": settings.data.heldout_shards,
+        "content of data.heldout_shards": index.fingerprint,
+        "classes": _per_class(accuracy, index),
+    }
+
+
+def find(
+    source: str, run: str | None, weights: str | None, overrides: Sequence[str]
+) -> tuple[config.Config, Path | None]:
+    """The config, and the checkpoint that is evaluated, None where it is a file of weights; a collective."""
+    if run is not None and weights is not None:
+        raise UserError("give --run or --weights, not both")
+    found = None
+    if student.is_run(Path(source)):
+        if run is not None:
+            raise UserError(f"{source} is a run itself; leave out --run, or give a recipe with it")
+        found = student.find_checkpoint(Path(source))
+        settings = config.from_dict(checkpoint.read_state(found)["config"], str(found), overrides)
+    else:
+        settings = config.load(source, overrides)
+        if run is not None:
+            found = student.find_checkpoint(Path(run))
+        elif weights is None:
+            raise UserError(f"{source} is a recipe: say whose weights, with --run DIR or --weights FILE")
+    return settings, (found if weights is None else None)
+
+
+def _with_progress(
+    settings: config.Config, index: Index, classifier: nn.Module, dtype: torch.dtype
+) -> tuple[Accuracy, list[dict[str, str]]]:
+    """The accuracy, with a bar on rank 0, and the samples of all ranks that could not be read."""
+    samples = min(settings.data.heldout_samples or index.samples, index.samples)
+    lost: dict[int, Any] = {}  # those that fill up the last micro-batches come again
+
+    def go_on(batch: dict[str, Any]) -> bool:
+        lost.update({one.number: one for one in batch["replaced"]})
+        progress.update(task, advance=len(batch["numbers"]) * dist.world())
+        return True
+
+    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=dist.rank() != 0) as progress:
+        task = progress.add_task("", total=samples)
+        accuracy = evaluate(settings, index, classifier, dtype, go_on)
+    assert accuracy is not None
+    everywhere = {number: one for part in dist.gather(lost) for number, one in part.items()}
+    rows = [everywhere[number] for number in sorted(everywhere)]
+    return accuracy, [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in rows]
+
+
+def _per_class(accuracy: Accuracy, index: Index) -> list[dict[str, Any]]:
+    """A row for each class; names where classes.json lies beside the shards."""
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        names = json_module.loads((Path(index.root) / "classes.json").read_text())
+    return [
+        {
+            "class": number,
+            **({"name": names[number]} if number < len(names) else {}),
+            "samples": count,
+            "top1": right / count if count else None,
+        }
+        for number, (right, count) in enumerate(accuracy.per_class.tolist())
+    ]
+
+
+def _default_out(found: Path | None, averaged: bool) -> str | None:
+    """RUN/evaluation/step-00001000.json; None where no run is evaluated."""
+    if found is None or found.parent.name != "checkpoints":
+        return None
+    return str(found.parent.parent / "evaluation" / f"{found.name}{'-ema' if averaged else ''}.json")
+
+
+def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
+    """For rank 0: the file, and what a person or a script reads."""
+    text = json_module.dumps(report, indent=1)
+    if out is not None:
+        try:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(out), text + "\n")
+        except OSError as error:
+            raise UserError(f"{out}: could not be written ({error}); name another with --out") from None
+    if json:
+        print(text)
+        return
+    for one in report["left_out"][:SHOWN]:
+        print(f"left out: {one['shard']}: sample '{one['key']}': {one['reason']}", file=sys.stderr)
+    if len(report["left_out"]) > SHOWN:
+        print(f"left out: {len(report['left_out']) - SHOWN} more", file=sys.stderr)
+    print(
+        f"{report['weights']}: top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%}, loss {report['loss']:.4f} on "
+        f"{report['samples']} of {report['samples_in_set']} images ({len(report['left_out'])} could not be read)"
+    )
+    if out is not None:
+        print(f"per class: {out}")
+
+
+class HeldOut:
+    """Loss and accuracy on the held-out set, as records of a run."""
+
+    def __init__(self, settings: config.Config, dtype: torch.dtype, run: Run):
+        self._settings, self._dtype, self._run = settings, dtype, run
+        self._index = open_heldout(settings.data)
+        self._first = True
+
+    def __call__(self, engine: Any) -> dict[str, Any]:
+        """The record of one evaluation; a collective. Empty where there is no held-out set, or a signal came."""
+        if self._index is None:
+            return {}
+        found = self._evaluate(engine)
+        if found is None:
+            return {}
+        record = {
+            "heldout_loss": found.loss,
+            "heldout_top1": found.top1,
+            "heldout_top5": found.top5,
+            "heldout_samples": found.samples,
+        }
+        if self._settings.optim.ema is not None:
+            with ema.in_place_of_weights(engine):
+                averaged = self._evaluate(engine)
+            if averaged is None:
+                return {}
+            record |= {"heldout_loss_ema": averaged.loss, "heldout_top1_ema": averaged.top1}
+        return record
+
+    def _evaluate(self, engine: Any) -> Accuracy | None:
+        assert self._index is not None
+        engine.eval()
+        found = evaluate(self._settings, self._index, engine, self._dtype, self._go_on)
+        engine.train()
+        self._first = False
+        return found
+
+    def _go_on(self, batch: dict[str, Any]) -> bool:
+        if self._first:  # every evaluation loses the same samples
+            self._run.report_lost(batch["replaced"])
+        return not self._run.interrupted()
+
+
+def evaluate(
+    settings: config.Config,
+    index: Index,
+    classifier: Callable[[Tensor], Tensor],
+    dtype: torch.dtype,
+    go_on: Callable[[dict[str, Any]], bool],
+) -> Accuracy | None:
+    """The accuracy of a classifier of normalised images on data.heldout_samples of a set; a collective.
+
+    go_on: called with each micro-batch; all ranks leave it unfinished, and get None, where it returns False. Raises
+    UserError where no sample can be read.
+    """
+    data, classify = settings.data, settings.classify
+    assert classify.classes is not None
+    view = functools.partial(
+        eval_view,
+        size=data.image_size,
+        crop_ratio=classify.crop_ratio,
+        interpolation=data.interpolation,
+        decoding=data.decode,
+    )
+    mean, std = CLIP_STATISTICS if classify.statistics == "clip" else (MEAN, STD)
+    tally = Tally(min(data.heldout_samples or index.samples, index.samples), classify.classes)
+    with torch.no_grad():
+        for batch in heldout_batches(settings, index, view, classify.classes):
+            if not go_on(batch):
+                return None
+            scores = classifier(normalise(to_device(batch["images"]), dtype, mean, std))
+            tally.add(batch["numbers"], batch["labels"], scores, batch["weights"])
+    found = tally.result()
+    if found is None:
+        raise UserError(f"no sample of data.heldout_shards ({data.heldout_shards}) can be read")
+    return found

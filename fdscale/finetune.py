@@ -1,0 +1,119 @@
+"""Fine-tuning a distilled backbone as a classifier of images."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdscale import config, dist, student
+from fdscale.data.mixing import Mixing, erase, mixed_images, mixed_targets
+from fdscale.data.randaugment import RandAugment
+from fdscale.engine.metrics import Work
+from fdscale.evaluate import HeldOut
+from fdscale.inputs import MEAN, normalise, open_inputs, to_device, training_batches, training_samples
+from fdscale.job import run_job
+from fdscale.run import Run
+
+
+def main(recipe: str, run: str, steps: int | None, set: list[str], ds: str | None, resume: str | None) -> int:
+    """`fdscale finetune`."""
+    code = finetune(config.load(recipe, set), Path(run), ds=ds, stop_at=steps, resume=resume)
+    dist.close()
+    return code
+
+
+def finetune(
+    settings: config.Config,
+    directory: Path,
+    *,
+    ds: str | None = None,
+    stop_at: int | None = None,
+    resume: str | None = None,
+) -> int:
+    """Run or continue a fine-tuning; returns the process's exit code."""
+    config.check_verb(settings, "finetune")
+    build = functools.partial(Classification, settings, dist.world())
+    return run_job(build, directory, ds=ds, stop_at=stop_at, resume=resume)
+
+
+class Classification:
+    """The task of `fdscale.job`: labels from the shards, mixed in pairs."""
+
+    def __init__(self, settings: config.Config, world: int):
+        self.inputs = open_inputs(settings, world)
+        self.module = student.build_classifier(settings, student.build(settings))
+        self._data, self._classify = settings.data, settings.classify
+        self._augment = None
+        if settings.classify.randaugment is not None:
+            data = settings.data
+            self._augment = RandAugment(
+                settings.classify.randaugment, data.seed, data.image_size, MEAN, data.interpolation
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """Nothing besides the settings and the data."""
+        return {}
+
+    def initial_values(self) -> Callable[[str, torch.Size], Tensor]:
+        """A fresh head on the weights of the config."""
+        return student.initial_values(self.inputs.settings, self.module)
+
+    def place(self) -> None:
+        """Nothing is outside the module."""
+
+    def about(self) -> list[str]:
+        """The backbone and where its weights come from."""
+        settings = self.inputs.settings.student
+        lines = [f"{settings.model} -> {self._classify.classes} classes"]
+        if settings.weights is None:
+            lines.append("student.weights is not set: the backbone began with random weights")
+        return lines
+
+    def work(self) -> Work:
+        """Of the backbone; the head's is next to nothing."""
+        return student.work_per_image(self.inputs.settings, self.module.backbone)
+
+    def stream(self, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
+        """Augmented views with labels, and how they are mixed."""
+        data, classify = self._data, self._classify
+        mixing = Mixing(
+            seed=data.seed,
+            size=data.image_size,
+            mixup=classify.mixup,
+            cutmix=classify.cutmix,
+            mix_prob=classify.mix_prob,
+            switch_prob=classify.switch_prob,
+            mix_group=classify.mix_group,
+            erase=classify.erase,
+        )
+        samples = training_samples(self.inputs, self._augment, classify.classes)
+        return training_batches(self.inputs, samples, start, stop, mixing)
+
+    def prepare(self, batch: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Images, soft targets and sample numbers."""
+        images = normalise(to_device(batch["images"]), torch.float32)
+        erase(images, batch["erased"])
+        names = ("shares", "boxes", "labels", "label_shares", "numbers")
+        shares, boxes, labels, label_shares, numbers = (
+            batch[name].to(dist.device(), non_blocking=True) for name in names
+        )
+        classes, smoothing = self._classify.classes, self._classify.label_smoothing
+        assert classes is not None
+        targets = mixed_targets(labels, classes, smoothing, label_shares)
+        return mixed_images(images, shares, boxes).to(dtype), targets, numbers
+
+    def blank(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Zeros for all of them."""
+        size, count = self._data.image_size, self.inputs.settings.memory.micro_batch
+        images = torch.zeros(count, 3, size, size, device=dist.device(), dtype=dtype)
+        targets = torch.zeros(count, self._classify.classes or 0, device=dist.device())
+        return images, targets, torch.zeros(count, dtype=torch.int64, device=dist.device())
+
+    def evaluation(self, run: Run, dtype: torch.dtype) -> Callable[[Any], dict[str, Any]]:
+        """Loss and accuracy on the held-out set."""
+        return HeldOut(self.inputs.settings, dtype, run)

@@ -1,0 +1,183 @@
+"""The student network of a config, alone or as a classifier: built on the meta device, its weights, what it costs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdscale import UserError, config
+from fdscale.engine import checkpoint, memory
+from fdscale.engine.contents import Damaged
+from fdscale.engine.metrics import Work
+from fdscale.engine.reader import Reader
+from fdscale.engine.state import EMA
+from fdscale.models import backbone as build_backbone
+from fdscale.models import convert
+from fdscale.models.layers import initial_value
+from fdscale.tasks.classification import Classifier
+
+PREFIX = "backbone."  # of the student's parameters in the module that is trained, and in its checkpoints
+
+
+def backbone(settings: config.Config) -> Any:
+    """The network alone, on the meta device."""
+    with torch.device("meta"):
+        return build_backbone(settings.student.model, {"img_size": settings.data.image_size, **settings.student.args})
+
+
+def build(settings: config.Config) -> Any:
+    """The backbone to compute with: with its memory policies and the seed of its drop path."""
+    student = backbone(settings)
+    student.drop_path_seed = settings.student.seed
+    memory.apply(student, settings.memory.checkpoint, settings.memory.attention_chunk)
+    return student
+
+
+def build_classifier(settings: config.Config, student: Any) -> Classifier:
+    """A backbone with a head for `classify.classes`, on the meta device."""
+    assert settings.classify.classes is not None
+    with torch.device("meta"):
+        return Classifier(student, settings.classify.classes, settings.classify.head_scale)
+
+
+def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
+    """First value of every parameter: from `student.weights` where there are any, else random by seed and name.
+
+    A head is random unless `classify.head` says otherwise.
+    """
+    loaded: dict[str, Tensor] = {}
+    if settings.student.weights:
+        weights = read_weights(settings.student.weights)
+        loaded = trained_backbone(settings, weights)
+        if config.task_of(settings) == "finetune" and settings.classify.head != "fresh":
+            loaded |= trained_head(module, weights, head_rows(settings))
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if name in loaded:
+            return loaded[name].float()
+        return initial_value(module, name, shape, torch.float32, settings.student.seed)
+
+    return value
+
+
+class Weights(NamedTuple):
+    """Tensors by whatever names they have, and the config of the run that they are of, if they are of one."""
+
+    tensors: dict[str, Tensor]
+    run: config.Config | None = None
+
+
+def trained_backbone(settings: config.Config, weights: Weights) -> dict[str, Tensor]:
+    """The parameters of the backbone of a config, under their names in training.
+
+    Position tables are resized to its image size. Raises UserError where the weights do not fit, or where a SwinV2's
+    windows were others.
+    """
+    holder = backbone(settings)
+    convert.load(holder, weights.tensors, None if weights.run is None else backbone(weights.run))
+    return {f"{PREFIX}{name}": parameter.detach() for name, parameter in holder.named_parameters()}
+
+
+def trained_head(classifier: Classifier, weights: Weights, rows: list[int] | None = None) -> dict[str, Tensor]:
+    """Norm and head of a classifier from weights under ours, BEiT's, official Swin's or timm's names.
+
+    rows: of the classes of the weights, those to take. Raises UserError where they are missing or do not fit.
+    """
+    values = {}
+    for name, parameter in classifier.named_parameters():
+        if name.startswith(PREFIX):
+            continue
+        value = weights.tensors.get(name, weights.tensors.get(name.replace("head.", "head.fc.")))
+        if value is not None and rows is not None and name.startswith("head."):
+            if max(rows) >= len(value):
+                raise UserError(f"classify.head names class {max(rows)}, and the head of the weights has {len(value)}")
+            value = value[torch.tensor(rows)]
+        if value is None or value.shape != parameter.shape:
+            what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
+            raise UserError(
+                f"the weights of {name} {what}; expected {tuple(parameter.shape)}: give weights of a whole classifier "
+                "of as many classes as classify.classes says"
+            )
+        values[name] = value.float()
+    return values
+
+
+def head_rows(settings: config.Config) -> list[int] | None:
+    """The numbers in the file that `classify.head` names; None where it names none. Raises UserError."""
+    head, classes = settings.classify.head, settings.classify.classes
+    if head in ("fresh", "loaded"):
+        return None
+    try:
+        words = Path(head).read_text().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"classify.head: expected fresh, loaded, or a file that can be read ({head}: {error})"
+        ) from None
+    if len(words) != classes or not all(word.isdecimal() for word in words):
+        raise UserError(
+            f"{head}: expected {classes} class numbers, one a line (classify.classes), and found {len(words)}"
+        )
+    return [int(word) for word in words]
+
+
+def read_weights(source: str) -> Weights:
+    """The weights in a file or a directory of safetensors, or of a run: those of its newest valid checkpoint."""
+    path = Path(source)
+    return read_checkpoint(find_checkpoint(path)) if is_run(path) else Weights(convert.read(source))
+
+
+def read_checkpoint(found: Path, averaged: bool = False) -> Weights:
+    """All weights of a checkpoint, or their averages; those of parameters that were frozen have none.
+
+    Raises UserError where it is damaged or holds no average.
+    """
+    try:
+        with contextlib.closing(Reader(found)) as reader:
+            if averaged and EMA not in reader.state["keys"]:
+                raise UserError(f"{found} holds no average of the weights: the run had no optim.ema")
+            run = config.from_dict(reader.state["config"], str(found / "state.json"))
+            key = EMA if averaged else "fp32"
+            names = reader.state["parameters"]
+            tensors = {name: reader.full(name, key if key in reader.keys(name) else "fp32") for name in names}
+            return Weights(tensors, run)
+    except Damaged as damage:
+        raise UserError(f"{found}: {damage}") from None
+
+
+def is_run(path: Path) -> bool:
+    """Whether this is a run directory or a checkpoint directory, and no weight file."""
+    return (path / "checkpoints").is_dir() or os.path.lexists(path / "manifest.json")
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint meant by a run directory or a checkpoint directory; a collective.
+
+    Raises UserError where there is no valid one.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such run or checkpoint directory")
+    if os.path.lexists(source / "manifest.json"):
+        problem = checkpoint.verify_together(source)
+        if problem:
+            raise UserError(f"{source}: {problem}")
+        return source
+    found, skipped = checkpoint.newest_valid(source / "checkpoints")
+    if found is None:
+        raise UserError(f"{source} holds no valid checkpoint{': ' + skipped[0] if skipped else ''}")
+    return found
+
+
+def work_per_image(settings: config.Config, student: Any, teacher_flops: int = 0) -> Work:
+    """FLOPs of training on one image, for MFU. teacher_flops: multiply-adds of a teacher that runs beside."""
+    size = (settings.data.image_size,) * 2
+    forward = 2 * student.flops(size)
+    kinds = memory.per_stage(settings.memory.checkpoint, student.depths, "memory.checkpoint")
+    # Blocks of a stage are alike, and in these networks stages cost nearly the same per block.
+    recomputed = forward * sum(kind != "none" for kind in kinds) // len(kinds)
+    return Work(student=3 * forward, teacher=2 * teacher_flops, recomputed=recomputed)
