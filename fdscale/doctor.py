@@ -14,8 +14,10 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
+from fdscale import dist
 from fdscale.data import jpeg
 from fdscale.engine.initialize import build_ops, prepare_environment, read_ds_config
+from fdscale.kernels import attention
 
 APEX = (
     "optional: NVIDIA's apex, whose fused LayerNorm and AdamW are used on a GPU where it is installed with its CUDA "
@@ -46,7 +48,7 @@ def main(json: bool, build: str | None) -> int:
         colours = {"ok": "green", "missing": "red", "optional": "yellow"}
         for finding in findings:
             mark = f"[{colours[finding.state]}]{finding.state:<8}[/{colours[finding.state]}]"
-            console.print(f"{mark} {finding.what:<14} {escape(finding.detail)}", soft_wrap=True)
+            console.print(f"{mark} {finding.what:<16} {escape(finding.detail)}", soft_wrap=True)
     return 2 if any(finding.state == "missing" for finding in findings) else 0
 
 
@@ -59,6 +61,7 @@ def examine() -> list[Finding]:
         _device(),
         prepared,
         _jpeg(),
+        _attention(),
         *_optional(),
     ]
 
@@ -104,6 +107,14 @@ def _jpeg() -> Finding:
     if missing is None:
         return Finding("ok", "JPEG decoder", "compiled part over Pillow's libjpeg-turbo: about three times as fast")
     return Finding("optional", "JPEG decoder", f"Pillow alone: the same pixels, but slower; {missing}")
+
+
+def _attention() -> Finding:
+    able, unable = [], []
+    for name in attention.NAMES:
+        why = attention.cannot_run(name, dist.device())
+        (able if why is None else unable).append(name if why is None else f"{name} cannot run here: {why}")
+    return Finding("ok", "window attention", "; ".join([f"memory.kernels: {', '.join(able)}", *unable]))
 
 
 def _optional() -> list[Finding]:

@@ -223,9 +223,9 @@ class Memory:
     )
     kernels: str = option(
         "auto",
-        "what computes window attention (docs/kernels.md): auto, reference, or torch, which keeps no scores for the "
-        "backward; the environment variable FDSCALE_KERNELS overrides it",
-        choices=("auto", "reference", "torch"),
+        "what computes window attention (docs/kernels.md): auto, reference, torch, which keeps no scores for the "
+        "backward, or triton, for NVIDIA GPUs; the environment variable FDSCALE_KERNELS overrides it",
+        choices=("auto", "reference", "torch", "triton"),
         neutral=True,
     )
 

@@ -54,6 +54,7 @@ MAY_IMPORT = {
             "config",
             "keys",
             "dist",
+            "kernels",
             "signals",
             *SHARED,
             *APPS,

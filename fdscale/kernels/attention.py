@@ -2,6 +2,7 @@
 
     reference   kernels/reference.py: the definition, differentiated by autograd, which keeps the N x N weights
     torch       kernels/tiled.py, on any device: one tile of the scores at a time, and none kept for the backward
+    triton      kernels/fused.py, on NVIDIA GPUs: no scores in memory at all
 
 All but the reference are `torch.ops.fdscale.window_attention`: one node for torch.compile and activation checkpointing.
 Its dtypes are those of its inputs, under autocast too. The environment variable FDSCALE_KERNELS overrides the config.
@@ -9,9 +10,11 @@ Its dtypes are those of its inputs, under autocast too. The environment variable
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from fdscale import UserError
 from fdscale.kernels import reference, tiled
 
 VARIABLE = "FDSCALE_KERNELS"
-NAMES = ("reference", "torch")
+NAMES = ("reference", "torch", "triton")
 MASKS = {"-100": reference.MASKED, "-inf": -math.inf}  # added between tokens that the roll made neighbours
 
 
@@ -35,7 +38,7 @@ def choose(wanted: str, device: torch.device) -> str:
     if os.environ.get(VARIABLE):
         name, origin = os.environ[VARIABLE], f"the environment variable {VARIABLE}"
     if name not in ("auto", *NAMES):
-        raise UserError(f"{origin} is {name!r}; expected auto, {' or '.join(NAMES)}")
+        raise UserError(f"{origin} is {name!r}; expected auto, {', '.join(NAMES)}")
     name = "reference" if name == "auto" else name
     if why := cannot_run(name, device):
         raise UserError(f"{origin} is {name}, which cannot run here: {why}; choose auto")
@@ -44,7 +47,16 @@ def choose(wanted: str, device: torch.device) -> str:
 
 def cannot_run(name: str, device: torch.device) -> str | None:
     """Why one of NAMES cannot run on a device, or None."""
-    return None
+    if name != "triton":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET") == "1":  # slow, on any device, for tests
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return "it needs an NVIDIA GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"it needs compute capability 8.0, and this GPU has {major}.{minor}"
 
 
 def window_attention(
@@ -94,11 +106,17 @@ def check_shapes(
 # The op. `by` is an argument, so that a backward is of the same kind as its forward and a graph says what it runs.
 
 
-def _implementation(by: str) -> Any:
+def _implementation(by: str, device: torch.device) -> ModuleType:
     """The module with `forward` and `backward`."""
     if by not in NAMES[1:]:
-        raise UserError(f"window attention by {by!r}: expected {' or '.join(NAMES)}")
-    return {"torch": tiled}[by]
+        raise UserError(f"window attention by {by!r}: expected {', '.join(NAMES)}")
+    if why := cannot_run(by, device):
+        raise UserError(f"window attention by {by} cannot run here: {why}")
+    if by == "torch":
+        return tiled
+    from fdscale.kernels import fused  # imports triton
+
+    return fused
 
 
 @torch.library.custom_op(
@@ -116,8 +134,8 @@ def _forward(
     mask: str,
     by: str,
 ) -> tuple[Tensor, Tensor]:
-    """The map, and the log-sum-exp of every query, (B, h, H', W') over the padded map."""
-    forward = _implementation(by).forward
+    """The map, and what the backward needs: the log-sum-exp of every query, (B, h, H', W'), in an order of its own."""
+    forward = _implementation(by, qkv.device).forward
     return forward(qkv, bias_table, logit_scale, tuple(window), tuple(shift), MASKS[mask])
 
 
@@ -150,7 +168,7 @@ def _backward(
     by: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of qkv, bias_table and logit_scale."""
-    backward = _implementation(by).backward
+    backward = _implementation(by, qkv.device).backward
     return backward(grad, qkv, bias_table, logit_scale, out, lse, tuple(window), tuple(shift), MASKS[mask])
 
 

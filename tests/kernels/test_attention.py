@@ -8,7 +8,18 @@ from functools import partial
 
 import pytest
 import torch
-from cases import CASES, LiveBytes, gradients, inputs, official
+from cases import (
+    ADVERSARIAL,
+    CASES,
+    LiveBytes,
+    adversarial,
+    assert_as_exact_as_eager,
+    gradients,
+    inputs,
+    leaves_of,
+    official,
+    random_inputs,
+)
 from helpers import TINY
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -19,19 +30,6 @@ from fdscale.kernels.attention import window_attention
 
 tiles = partial(window_attention, by="torch")
 OP = torch.ops.fdscale.window_attention.default
-
-
-def leaves_of(*tensors: Tensor) -> list[Tensor]:
-    return [x.detach().clone().requires_grad_() for x in tensors]
-
-
-def random_inputs(batch: int, size: tuple[int, int], heads: int, dim: int, window: int) -> tuple[Tensor, ...]:
-    """float64: qkv, a table in (0, 16), and log scales of 10, 30, 100 and beyond the clamp, in turn."""
-    generator = torch.Generator().manual_seed(window)
-    qkv = torch.randn(batch, *size, 3 * heads * dim, generator=generator, dtype=torch.float64)
-    table = torch.randn(heads, 2 * window - 1, 2 * window - 1, generator=generator, dtype=torch.float64)
-    scales = torch.tensor([10.0, 30.0, 100.0, 1000.0], dtype=torch.float64).log()
-    return qkv, 16 * table.sigmoid(), scales[torch.arange(heads) % 4]
 
 
 # window, windows down and across, heads, head dim: stages of published models, and maps of one window
@@ -81,56 +79,14 @@ def test_gradients_equal_finite_differences(size, window, shift, mask):
     assert torch.autograd.gradcheck(lambda *x: tiles(*x, window, shift, mask=mask), leaves)
 
 
-def adversarial() -> dict[str, tuple[Tensor, ...]]:
-    """Inputs in float64 at which rounding or a wrong formula shows. 2 images of 16 x 8, windows of 8, 4 heads of 32."""
-    qkv, table, scale = random_inputs(2, (16, 16), 4, 32, 8)
-    keys, zeros = qkv.clone(), qkv.clone()
-    keys[..., 128:256] = keys[:, :1, :1, 128:256]
-    zeros[:, ::3, :, :256] = 0.0
-    far = table.clone()
-    far[:, 3, 5], far[:, 9, 2] = 500.0, -500.0
-    return {
-        "random": (qkv, table, scale),
-        "equal keys": (keys, table, scale),
-        "rows of zeros": (zeros, table, scale),
-        "huge bias": (qkv, far, scale),
-        "tiny rows": (torch.cat((qkv[..., :256] * 1e-6, qkv[..., 256:]), -1), table, scale),
-    }
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", adversarial())
+@pytest.mark.parametrize("case", ADVERSARIAL)
 def test_the_error_is_at_most_one_and_a_half_times_that_of_eager_autocast(case, dtype):
-    """Of each result, against the official formula in float64 on the same rounded inputs; scales from 10 past 100."""
-    qkv, table, scale = adversarial()[case]
-    data = (qkv.to(dtype), table.float(), scale.float())
-    exact = leaves_of(*(x.double() for x in data))
-    eager, ours = leaves_of(*data), leaves_of(*data)
-    out = official(*exact, 8, 4)
-    expected = [out, *gradients(out, exact, dtype)]
-    with torch.autocast(
-        "cpu", dtype=dtype if dtype != torch.float32 else torch.bfloat16, enabled=dtype != torch.float32
-    ):
-        out = official(*eager, 8, 4)
-        theirs = [out, *gradients(out, eager, dtype)]
-        out = tiles(*ours, (8, 8), (4, 4))
-        mine = [out, *gradients(out, ours, dtype)]
-    for name, e, t, m in zip(("out", "qkv", "table", "scale"), expected, theirs, mine, strict=True):
-        limits = torch.finfo(m.dtype)
-        if e.abs().max() > limits.max:  # rows of zeros are divided by 1e-12
-            continue
-        assert m.isfinite().all(), name
-        error = [(x.double() - e).norm().nan_to_num(math.inf).item() for x in (m, t)]
-        # Where eager happens to be exact, a rounding of the result is no error; and with equal keys the gradient of the
-        # scale is zero, as a sum of a thousand numbers.
-        size = 1000.0 if (name, case) == ("scale", "equal keys") else e.norm().item()
-        assert error[0] <= max(1.5 * error[1], 2 * limits.eps * size), (name, error)
-        if dtype != torch.float32 and name in ("table", "scale"):
-            assert error[0] <= 1e-5 * size, (name, error)  # nothing is rounded to 16 bits on the way to them
+    assert_as_exact_as_eager(tiles, case, dtype)
 
 
 def test_zero_rows_and_the_clamped_scale():
-    qkv, table, scale = leaves_of(*(x.float() for x in adversarial()["rows of zeros"]))
+    qkv, table, scale = leaves_of(*(x.float() for x in adversarial("rows of zeros")))
     tiles(qkv, table, scale, (8, 8), (4, 4)).square().sum().backward()
     assert scale.grad[:2].ne(0).all()
     assert scale.grad[3] == 0  # 1000 is past the bound of 100
@@ -263,6 +219,9 @@ def test_what_cannot_be_is_named(monkeypatch):
         window_attention(qkv, table, scale, (4, 4), (0, 0), mask="soft")
     with pytest.raises(UserError, match="by 'magic': expected reference"):
         window_attention(qkv, table, scale, (4, 4), (0, 0), by="magic")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="by triton cannot run here: it needs an NVIDIA GPU"):
+        window_attention(qkv, table, scale, (4, 4), (0, 0), by="triton")
 
 
 def test_the_choice(monkeypatch):
@@ -274,8 +233,14 @@ def test_the_choice(monkeypatch):
     assert attention.choose("auto", cpu) == attention.choose("reference", cpu) == "torch"
     monkeypatch.setenv(attention.VARIABLE, "auto")
     assert attention.choose("torch", cpu) == "reference"
+    monkeypatch.setenv(attention.VARIABLE, "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UserError, match="FDSCALE_KERNELS is triton, which cannot run here: it needs an NVIDIA GPU"):
+        attention.choose("auto", cpu)
     monkeypatch.setenv(attention.VARIABLE, "fast")
-    with pytest.raises(UserError, match="environment variable FDSCALE_KERNELS is 'fast'; expected auto, reference or"):
+    with pytest.raises(
+        UserError, match="environment variable FDSCALE_KERNELS is 'fast'; expected auto, reference, torch"
+    ):
         attention.choose("auto", cpu)
 
 
