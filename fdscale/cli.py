@@ -335,6 +335,13 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
     sub.add_argument("--json", metavar="FILE", help=to)
 
+    text = "measure window attention against the official code and torch's own"
+    sub = _verb(tables, "attention", "fdscale.bench.attention:main", text, "fdscale bench attention --rounds 20")
+    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
+    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
+    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
     text = "measure how well batches are mixed"
     sub = _verb(tables, "shuffle", "fdscale.bench.shuffle:main", text, "fdscale bench shuffle --json shuffle.json")
     sub.add_argument("--json", metavar="FILE", help=to)

@@ -7,9 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import run_cli
 from PIL import Image
 
+from fdscale.bench import attention
 from fdscale.bench.data import in_turns, photographs, ratio
 
 DECODE = {"PIL + torchvision", "exact", "scaled", "pillow"}
@@ -70,6 +72,28 @@ def test_bench_checkpoint_measures_every_way(tmp_path: Path, ranks: int) -> None
     assert all(len(taken) == 1 for taken in result["seconds"].values())
     assert done.stdout.count("| fdscale") == 3
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.json"]
+
+
+@pytest.mark.slow
+def test_bench_attention_measures_every_way(tmp_path: Path) -> None:
+    done = run_cli("bench", "attention", "--quick", "--json", tmp_path / "attention.json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "attention.json").read_text())["layers"]["tiny"]
+    assert set(found["kept_bytes"]) >= {"official", "SDPA", "reference", "torch"}
+    assert found["kept_bytes"]["torch"] < found["kept_bytes"]["official"]
+    for taken in found["seconds"].values():
+        assert all(len(taken[name]) == 1 for name in found["kept_bytes"])
+    assert done.stdout.count("| tiny | ") == 2 * len(found["kept_bytes"])
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+def test_all_ways_of_attention_compute_the_same(shift: int) -> None:
+    shape = attention.Shape("", 2, 8, 4, shift, 2)
+    leaves = attention.random_inputs(shape, torch.device("cpu"), torch.float32)
+    outs = {name: way(*leaves) for name, way in attention.ways(shape, torch.device("cpu")).items()}
+    assert len(outs) >= 4
+    for name, out in outs.items():
+        torch.testing.assert_close(out, outs["official"], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_photographs_are_jpegs_of_about_the_size_asked_for() -> None:

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fdscale.bench.attention import official
 
 # map, window, shift: whole windows, one window, shifts along both axes and one, padded maps, maps within a window
 CASES = [
@@ -35,33 +36,6 @@ def inputs(
     qkv = torch.randn(2, *size, 3 * 2 * 3, generator=generator, dtype=torch.float64)
     table = 16 * torch.rand(2, 2 * window[0] - 1, 2 * window[1] - 1, generator=generator, dtype=torch.float64)
     return qkv.to(dtype), table.to(dtype), torch.tensor([1.5, 9.0], dtype=dtype)
-
-
-def official(qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int, mask: float = -100.0) -> Tensor:
-    """Window attention as microsoft/Swin-Transformer models/swin_transformer_v2.py writes it: rolls, partitions, N x N
-    bias and mask. Maps are whole windows; differentiable; dtypes as autocast or the inputs have them."""
-    batch, height, width, channels = qkv.shape
-    heads, count = len(table), window**2
-    cut = (batch, height // window, window, width // window, window)
-    x = qkv.roll((-shift, -shift), (1, 2)).view(*cut, channels).permute(0, 1, 3, 2, 4, 5)
-    q, k, v = x.reshape(-1, count, 3, heads, channels // 3 // heads).permute(2, 0, 3, 1, 4)
-    logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
-    logits = logits * logit_scale.view(-1, 1, 1).clamp(max=math.log(1.0 / 0.01)).exp()
-    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    logits = logits + table[:, y[:, None] - y + window - 1, x[:, None] - x + window - 1]
-    if shift:
-        image, number = torch.zeros(height, width), 0
-        for rows in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
-            for columns in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):
-                image[rows, columns] = number
-                number += 1
-        region = image.view(cut[1:]).permute(0, 2, 1, 3).reshape(-1, count)
-        apart = torch.zeros(()).masked_fill(region[:, None] != region[:, :, None], mask).to(logits)
-        logits = (logits.view(batch, -1, heads, count, count) + apart[:, None]).view(-1, heads, count, count)
-    out = logits.softmax(-1).to(v.dtype) @ v
-    out = out.transpose(1, 2).reshape(batch, *cut[1:4:2], window, window, -1).permute(0, 1, 3, 2, 4, 5)
-    return out.reshape(batch, height, width, -1).roll((shift, shift), (1, 2))
 
 
 def gradients(out: Tensor, leaves: list[Tensor], rounded: torch.dtype = torch.float64) -> list[Tensor]:

@@ -17,7 +17,6 @@ from cases import (
     gradients,
     inputs,
     leaves_of,
-    official,
     random_inputs,
 )
 from helpers import TINY
@@ -25,6 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from fdscale import UserError, config, student
+from fdscale.bench.attention import official
 from fdscale.kernels import attention, reference, tiled
 from fdscale.kernels.attention import window_attention
 

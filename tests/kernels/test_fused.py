@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, gradients, inputs, leaves_of, official, random_inputs
+from cases import CASES, gradients, inputs, leaves_of, random_inputs
 from helpers import outside
 
+from fdscale.bench.attention import official
 from fdscale.kernels.attention import window_attention
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -11,9 +11,10 @@ from functools import partial
 
 import pytest
 import torch
-from cases import ADVERSARIAL, CASES, assert_as_exact_as_eager, gradients, inputs, leaves_of, official, random_inputs
+from cases import ADVERSARIAL, CASES, assert_as_exact_as_eager, gradients, inputs, leaves_of, random_inputs
 
 from fdscale import UserError
+from fdscale.bench.attention import official
 from fdscale.kernels import attention
 from fdscale.kernels.attention import window_attention
 
