@@ -49,10 +49,11 @@ format: $(STAMP) ## rewrite into the project's style
 	$(BIN)/ruff format fdscale tests setup.py
 	$(BIN)/ruff check --fix fdscale tests setup.py
 
-bench: $(STAMP) ## measure data loading, a training step and saving against what else there is
+bench: $(STAMP) ## measure data loading, attention, a training step and saving against what else there is
 	$(BIN)/fdscale bench data
 	$(BIN)/fdscale bench workers
 	$(BIN)/fdscale bench shuffle
+	$(BIN)/fdscale bench attention
 	$(BIN)/fdscale bench step
 	$(BIN)/fdscale bench checkpoint
 

@@ -74,7 +74,11 @@ class Tiles:
         padding = (-self.height % window[0], -self.width % window[1])
         self.size = (self.height + padding[0], self.width + padding[1])
         self.kinds = kinds_of(self.size, padding, window, shift, qkv.device)
-        windows = self.batch * len(self.kinds.tokens)
+        image = torch.arange(self.batch, device=qkv.device)[:, None]
+        self._tokens = (self.kinds.tokens[:, None] + image * math.prod(self.size)).flatten(0, 1)  # n N, of all images
+        self._owners = self.kinds.inverse // self.count * self.batch + image  # B T: which of the n
+        self._places = self.kinds.inverse % self.count  # T
+        windows = len(self._tokens)
         self._rows = window[1] * max(1, min(window[0], TILE // (self.count * window[1])))  # R: whole rows of the window
         self._windows = max(1, TILE // (self._rows * self.count))  # c
         self._heads = max(1, min(heads, TILE // (windows * self.count**2)))  # g
@@ -112,20 +116,19 @@ class Tiles:
 
     def take(self, x: Tensor, heads: slice, parts: int, dtype: torch.dtype) -> Tensor:
         """Rows of d numbers of a padded map (B, H', W', p h d) -> (p, n, g, N, d), contiguous."""
-        dim = x.shape[-1] // (parts * self.heads)
         head = torch.arange(heads.start, heads.stop, device=x.device)[:, None]
         part = torch.arange(parts, device=x.device).view(-1, 1, 1, 1)
-        index = (self.kinds.tokens[:, None] * parts + part) * self.heads + head  # p w g N
-        rows = x.view(self.batch, -1, dim).index_select(1, index.flatten())
-        rows = rows.view(self.batch, *index.shape, dim).permute(1, 2, 0, 3, 4, 5)  # p w B g N d
-        return rows.to(dtype).contiguous().flatten(1, 2)
+        index = (self._tokens[:, None] * parts + part) * self.heads + head  # p n g N
+        rows = x.view(-1, x.shape[-1] // (parts * self.heads)).index_select(0, index.flatten())
+        return rows.view(*index.shape, -1).to(dtype)
 
     def put(self, values: Tensor, into: Tensor, heads: slice) -> None:
         """(n, g, N, d) -> these heads of (B, T, h, d)."""
-        windows, groups = len(self.kinds.tokens), values.shape[1]
-        values = values.to(into.dtype).view(windows, self.batch, groups, self.count, -1).permute(1, 0, 3, 2, 4)
-        values = values.reshape(self.batch, windows * self.count, -1).index_select(1, self.kinds.inverse)
-        into[:, :, heads] = values.view(*values.shape[:2], groups, -1)
+        groups = values.shape[1]
+        head = torch.arange(groups, device=values.device)
+        index = (self._owners[..., None] * groups + head) * self.count + self._places[..., None]  # B T g
+        rows = values.view(-1, values.shape[-1]).index_select(0, index.flatten())
+        into[:, :, heads] = rows.view(*index.shape, -1)
 
 
 def _slices(start: int, end: int, step: int) -> list[slice]:
