@@ -33,7 +33,7 @@ try:
         dog.begin(f"step {step}")
         dog.at("data")
         time.sleep(0.02)
-        dog.at("teacher")
+        dog.at("inputs")
         if step == 3 and dist.rank() == late:
             print("late", flush=True)
             if kind == "sleep":
@@ -80,7 +80,7 @@ def test_alone_it_names_where(start: Start, tmp_path: Path) -> None:
     (said,) = finish([process])
     assert process.returncode == 74, said
     assert "step 3 takes longer than 1 s" in said
-    assert "at step 3: teacher" in said
+    assert "at step 3: inputs" in said
     assert "ended 74 hung: step 3" in said
     assert "time.sleep" not in said
     stacks = (tmp_path / "stacks-0.log").read_text()
@@ -95,7 +95,7 @@ def test_of_three_the_late_one_is_named_by_all(start: Start, tmp_path: Path, lat
     for said, process in zip(finish(processes), processes, strict=True):
         assert process.returncode == 74, said
         assert (
-            f"Late: rank {late} on {os.uname().nodename} at step 3: teacher; the others are at step 3: forward" in said
+            f"Late: rank {late} on {os.uname().nodename} at step 3: inputs; the others are at step 3: forward" in said
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"stacks-{rank}.log" for rank in range(3)]
 
