@@ -51,6 +51,7 @@ try:
         dist.gather(step)
 finally:
     dog.stop()
+dist.close()
 print("done", flush=True)
 """
 
