@@ -76,6 +76,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 60) -> lis
     return [process.communicate(timeout=timeout_s)[0] for process in processes]
 
 
+@pytest.mark.slow
 def test_alone_it_names_where(start: Start, tmp_path: Path) -> None:
     (process,) = start("sleep", 0)
     (said,) = finish([process])
@@ -137,6 +138,7 @@ def test_stopped_as_a_whole_is_not_hung(start: Start) -> None:
         assert process.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_without_a_limit_nothing_looks(start: Start) -> None:
     (process,) = start("slow", 0, limit_s=0)
     (said,) = finish([process])
