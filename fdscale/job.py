@@ -225,6 +225,8 @@ def _announce(run: Run, task: Task, start: Path | None, state: TrainState, last:
     )
     for line in more:
         run.say(line)
+    if kernels := {module.kernels for module in task.module.modules() if hasattr(module, "kernels")}:
+        run.say(f"window attention by {', '.join(sorted(kernels))}")
     if order.span is not None:
         run.say(f"samples and augmentation repeat after {order.span} samples (cache.epochs)")
     if run.settings.data.decode != "pillow" and (missing := jpeg.missing()):

@@ -217,8 +217,15 @@ class Memory:
     attention_chunk: tuple[int, ...] = option(
         (0,),
         "sequential self-attention: windows (SwinV2) or heads (ViT) at a time, 0: all at once; one value, or one per "
-        "stage (SwinV2 paper, 3.4)",
+        "stage (SwinV2 paper, 3.4); of window attention, only the reference needs it",
         low=0,
+        neutral=True,
+    )
+    kernels: str = option(
+        "auto",
+        "what computes window attention (docs/kernels.md): auto, reference, or torch, which keeps no scores for the "
+        "backward; the environment variable FDSCALE_KERNELS overrides it",
+        choices=("auto", "reference", "torch"),
         neutral=True,
     )
 

@@ -11,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fdscale import UserError, config
+from fdscale import UserError, config, dist
 from fdscale.engine import checkpoint, memory
 from fdscale.engine.contents import Damaged
 from fdscale.engine.metrics import Work
 from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
+from fdscale.kernels import attention
 from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.models.layers import initial_value
@@ -32,10 +33,15 @@ def backbone(settings: config.Config) -> Any:
 
 
 def build(settings: config.Config) -> Any:
-    """The backbone to compute with: with its memory policies and the seed of its drop path."""
+    """The backbone to compute with: with its memory policies and the seed of its drop path.
+
+    Raises UserError where memory.kernels, or the environment, asks for what cannot run here.
+    """
     student = backbone(settings)
     student.drop_path_seed = settings.student.seed
-    memory.apply(student, settings.memory.checkpoint, settings.memory.attention_chunk)
+    policy = settings.memory
+    kernels = attention.choose(policy.kernels, dist.device())
+    memory.apply(student, policy.checkpoint, policy.attention_chunk, kernels)
     return student
 
 

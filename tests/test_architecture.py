@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "train": {"engine", "run", "keys", "dist", "watchdog"},
     "recovery": {"train", "engine", "run", "dist"},
     "inputs": {"config", "keys", "data", "dist", "engine"},
-    "student": {"config", "models", "engine", "tasks"},
+    "student": {"config", "dist", "kernels", "models", "engine", "tasks"},
     "job": {"config", "data", "dist", "engine", "inputs", "recovery", "run", "starts", "train", "watchdog"},
     "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data"},

@@ -1,5 +1,5 @@
-"""Memory policies, applied from outside to a backbone's `blocks()`: activation checkpointing and sequential
-self-attention.
+"""Memory policies, applied from outside to a backbone's `blocks()`: activation checkpointing, sequential self-attention
+and what computes window attention.
 
 A policy replaces a block's `forward`; names, parameters and the state dict stay as they are. What a block computes does
 not change, since everything random in it (drop path) comes in as a tensor argument.
@@ -28,11 +28,17 @@ def per_stage(values: Sequence[Any], depths: Sequence[int], key: str) -> list[An
     return [value for value, depth in zip(expanded, depths, strict=True) for _ in range(depth)]
 
 
-def apply(backbone: Any, checkpoint: Sequence[str] = ("none",), attention_chunk: Sequence[int] = (0,)) -> None:
-    """Set both policies on every block.
+def apply(
+    backbone: Any,
+    checkpoint: Sequence[str] = ("none",),
+    attention_chunk: Sequence[int] = (0,),
+    kernels: str = "reference",
+) -> None:
+    """Set all policies on every block.
 
     checkpoint: none | torch | deepspeed | fairscale | fairscale_offload, for all blocks or per stage. attention_chunk:
     windows (SwinV2) or heads (ViT) whose attention is computed at a time, each chunk recomputed in backward; 0: all.
+    kernels: what computes window attention, a name of kernels.attention.
     """
     kinds = per_stage(checkpoint, backbone.depths, "memory.checkpoint")
     chunks = per_stage(attention_chunk, backbone.depths, "memory.attention_chunk")
@@ -40,6 +46,8 @@ def apply(backbone: Any, checkpoint: Sequence[str] = ("none",), attention_chunk:
         for module in block.modules():
             if hasattr(module, "attention_chunk"):
                 module.attention_chunk = chunk
+            if hasattr(module, "kernels"):
+                module.kernels = kernels
         if kind != "none":
             block.forward = _checkpointed(kind, block)
 

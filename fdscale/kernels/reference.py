@@ -170,6 +170,7 @@ def window_attention(
     window: tuple[int, int],
     shift: tuple[int, int],
     chunk: int = 0,
+    masked: float = MASKED,
 ) -> Tensor:
     """Cosine attention within the windows of a map.
 
@@ -180,6 +181,7 @@ def window_attention(
     shift: (rows, columns) of the cyclic shift, each less than the window.
     chunk: 0 computes all windows at once. k > 0 computes k windows at a time and, under autograd, keeps only q, k, v
         and recomputes each chunk in the backward, so that the N x N scores of one chunk alone are alive at any time.
+    masked: added to the logits between regions; -inf is allowed.
     Returns (B, H, W, C), dtype of qkv.
     """
     batch, height, width, channels = qkv.shape
@@ -200,12 +202,14 @@ def window_attention(
         bias = bias.view(heads, count, count)
         scale = logit_scale.to(wide).clamp(max=MAX_LOGIT_SCALE).exp().view(heads, 1, 1)
         attend = _attend if chunk == 0 else partial(_in_chunks, chunk)
-        out = attend(q, k, v, bias, scale, cut.region)
+        out = attend(q, k, v, bias, scale, cut.region, masked)
     out = _Permute.apply(out.view(batch, -1, dim), cut.inverse, cut.order).view(batch, *size, -1)
     return out[:, :height, :width].contiguous() if any(padding) else out
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: Tensor, region: Tensor | None) -> Tensor:
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: Tensor, region: Tensor | None, masked: float
+) -> Tensor:
     """q, k, v (n, h, N, d); bias (h, N, N); scale (h, 1, 1); region (w, N), n a multiple of w. Returns (n, h, N, d)."""
     q, _ = _Unit.apply(q.to(bias.dtype))
     k, _ = _Unit.apply(k.to(bias.dtype))
@@ -214,14 +218,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: Tensor, region
     logits = ((q @ k.transpose(-2, -1)) * scale).add_(bias)  # n h N N
     if region is not None:
         queries, keys = region[:, None, :, None], region[:, None, None, :]
-        mask = torch.where(queries == keys, 0.0, MASKED).to(logits.dtype)  # w 1 N N
-        mask.masked_fill_(keys == PADDED, -math.inf)  # no row is all -inf: every window has a real token
+        # Padded queries, whose results are cut off, see all real keys; every window has one, so no row is all -inf.
+        mask = torch.where((queries == keys) | (queries == PADDED), 0.0, masked).to(logits.dtype)  # w 1 N N
+        mask.masked_fill_(keys == PADDED, -math.inf)
         logits.view(-1, *region.shape[:1], *logits.shape[1:]).add_(mask)
     return logits.softmax(-1).to(v.dtype) @ v
 
 
 def _in_chunks(
-    chunk: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: Tensor, region: Tensor | None
+    chunk: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: Tensor, region: Tensor | None, masked: float
 ) -> Tensor:
     """`_attend` on `chunk` windows at a time, each recomputed in the backward."""
     outs = []
@@ -232,6 +237,8 @@ def _in_chunks(
         if region is not None:
             some = region[torch.arange(start, start + len(part[0]), device=q.device) % len(region)]
         # Without gradients checkpoint only calls the function. Nothing in it draws random numbers.
-        outs.append(checkpoint(_attend, *part, bias, scale, some, use_reentrant=False, preserve_rng_state=False))
+        outs.append(
+            checkpoint(_attend, *part, bias, scale, some, masked, use_reentrant=False, preserve_rng_state=False)
+        )
         start += len(part[0])
     return torch.cat(outs)

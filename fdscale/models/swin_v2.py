@@ -1,8 +1,8 @@
 """Swin Transformer V2 (arXiv 2111.09883), from T (28M) to G (3B), as a backbone: no head.
 
 Parameter names are those of microsoft/Swin-Transformer models/swin_transformer_v2.py; nothing else is in the state
-dict. The network is a plain single-device module; activation checkpointing and sequential attention (`attention_chunk`)
-are set from outside on `blocks()`.
+dict. The network is a plain single-device module; activation checkpointing, sequential attention (`attention_chunk`)
+and what computes attention (`kernels`) are set from outside on `blocks()`.
 
 Letters: B images, C channels, H W token map, h heads, Wh Ww window.
 """
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdscale import UserError
-from fdscale.kernels.reference import window_attention
+from fdscale.kernels.attention import window_attention
 from fdscale.models.layers import (
     LayerNorm,
     Mlp,
@@ -54,7 +54,8 @@ class WindowAttention(nn.Module):
         self.window = window
         self.shifted = shifted
         self.pretrained_window = pretrained_window
-        self.attention_chunk = 0  # windows at a time, recomputed in the backward; 0: all at once
+        self.kernels = "reference"  # what computes the attention: a name of kernels.attention
+        self.attention_chunk = 0  # windows at a time of the reference, recomputed in the backward; 0: all at once
         self.logit_scale = nn.Parameter(torch.empty(heads, 1, 1))
         self.cpb_mlp = continuous_bias_mlp(heads)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
@@ -66,8 +67,8 @@ class WindowAttention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, qkv_bias(self.q_bias, self.v_bias))  # B H W 3C
         table = continuous_bias_table(self.cpb_mlp, self.window, self.pretrained_window, x.device)
         shift = self.shift(x.shape[1], x.shape[2])
-        out = window_attention(qkv, table, self.logit_scale.flatten(), self.window, shift, self.attention_chunk)
-        return self.proj(out)
+        how = {"by": self.kernels, "chunk": self.attention_chunk}
+        return self.proj(window_attention(qkv, table, self.logit_scale.flatten(), self.window, shift, **how))
 
     def shift(self, height: int, width: int) -> tuple[int, int]:
         """Half a window in every other block, except along an axis that one window covers."""

@@ -83,11 +83,21 @@ def test_sequential_attention_equals_the_batched_form(model: str, args: dict, st
     assert kept_bytes < plain_bytes
 
 
+def test_attention_in_tiles_keeps_less_for_the_backward() -> None:
+    plain_loss, plain, plain_bytes = run("swin_v2", SWIN)
+    loss, gradients, kept_bytes = run("swin_v2", SWIN, kernels="torch")
+    assert loss == pytest.approx(plain_loss, rel=1e-6)
+    for name, gradient in plain.items():
+        assert torch.allclose(gradients[name], gradient, rtol=1e-4, atol=1e-6), name
+    assert kept_bytes < plain_bytes
+
+
 def test_names_and_state_dict_stay() -> None:
     plain, wrapped = backbone("swin_v2", SWIN), backbone("swin_v2", SWIN)
-    memory.apply(wrapped, checkpoint=("torch",), attention_chunk=(2, 0))
+    memory.apply(wrapped, checkpoint=("torch",), attention_chunk=(2, 0), kernels="torch")
     assert list(wrapped.state_dict()) == list(plain.state_dict())
     assert [block.attn.attention_chunk for block in wrapped.blocks()] == [2, 2, 0, 0]
+    assert {block.attn.kernels for block in wrapped.blocks()} == {"torch"}
 
 
 def test_a_wrong_number_of_values_is_named() -> None:

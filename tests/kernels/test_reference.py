@@ -11,36 +11,10 @@ import math
 
 import pytest
 import torch
+from cases import CASES, LiveBytes, inputs
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fdscale.kernels.reference import window_attention
-
-# map, window, shift: whole windows, one window, shifts along both axes and one, padded maps, maps within a window
-CASES = [
-    ((8, 8), (4, 4), (0, 0)),
-    ((4, 4), (4, 4), (0, 0)),
-    ((8, 12), (4, 4), (2, 2)),
-    ((6, 12), (2, 6), (1, 3)),
-    ((4, 8), (4, 4), (0, 2)),
-    ((7, 10), (4, 4), (0, 0)),
-    ((7, 10), (4, 4), (2, 2)),
-    ((9, 5), (4, 3), (2, 1)),
-    ((3, 8), (4, 4), (0, 2)),
-    ((2, 3), (4, 5), (0, 0)),
-]
-
-
-def inputs(
-    size: tuple[int, int], window: tuple[int, int], dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv of 2 images, 2 heads of 3 channels; table; logit scales of which one is clamped."""
-    generator = torch.Generator().manual_seed(0)
-    qkv = torch.randn(2, *size, 3 * 2 * 3, generator=generator, dtype=torch.float64)
-    table = 16 * torch.rand(2, 2 * window[0] - 1, 2 * window[1] - 1, generator=generator, dtype=torch.float64)
-    return qkv.to(dtype), table.to(dtype), torch.tensor([1.5, 9.0], dtype=dtype)
 
 
 def one_query_at_a_time(
@@ -135,29 +109,6 @@ def test_chunks_equal_the_whole(size, window, shift, chunk):
         results.append([out.detach(), *(x.grad / x.grad.abs().max() for x in leaves)])
     for whole, parts in zip(*results, strict=True):
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations under it made and that are still alive, and their maximum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def now(self) -> int:
-        self.storages = {key: (ref, size) for key, (ref, size) in self.storages.items() if not ref.expired()}
-        return sum(size for _, size in self.storages.values())
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.now()  # a freed storage's address may be taken again
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                self.storages[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.now())
-        return result
 
 
 def test_in_chunks_the_scores_of_one_chunk_are_alive_at_a_time():

@@ -302,6 +302,19 @@ def test_memory_policies_do_not_change_the_result(policy):
         torch.testing.assert_close(a, b, rtol=0, atol=0 if policy == "checkpoint" else 1e-5)
 
 
+def test_attention_in_tiles_gives_the_same_network():
+    model = randomise(small(drop_path_rate=0.5)).double()
+    images, numbers = torch.randn(4, 3, 32, 40, dtype=torch.float64), torch.arange(4)
+    results = []
+    for kernels in ("reference", "torch"):
+        for block in model.blocks():
+            block.attn.kernels = kernels
+        out = model(images, numbers)
+        results.append([out, *torch.autograd.grad(out.square().mean(), list(model.parameters()))])
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10 * expected.abs().max().item())
+
+
 def test_drop_path_of_a_sample_does_not_depend_on_its_batch():
     model = randomise(small(drop_path_rate=0.5))
     images, numbers = torch.randn(6, 3, 32, 32), torch.arange(6) + 2**40
