@@ -223,7 +223,7 @@ def read_ranks(run: Path) -> list[dict[str, Any]]:
     """How fast each rank was in the last steps, the one that the others wait for first; empty for one rank."""
     try:
         rows = json_module.loads((run / "ranks.json").read_text())
-        return sorted(rows, key=lambda row: -row["data_wait_s"][0] - row["teacher_s"][0])
+        return sorted(rows, key=lambda row: -row["data_wait_s"][0] - row["inputs_s"][0])
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
@@ -237,10 +237,10 @@ def _print_ranks(run: str, ranks: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=run, title_justify="left", box=None, pad_edge=False)
-    for name in ("rank", "host", "steps", "step s", "data wait s", "teacher s"):
+    for name in ("rank", "host", "steps", "step s", "data wait s", "inputs s"):
         table.add_column(name, justify="left" if name == "host" else "right")
     for row in ranks:
-        spans = (row["step_s"], row["data_wait_s"], row["teacher_s"])
+        spans = (row["step_s"], row["data_wait_s"], row["inputs_s"])
         table.add_row(*(str(row[key]) for key in ("rank", "host", "steps")), *map(_percentiles, spans))
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(table if ranks else f"{run}: one rank, or no log line yet")

@@ -163,7 +163,7 @@ def _step(
         run.clock.mark_once("data")
         if void and dist.world() == 1:
             return True
-        at("teacher")
+        at("inputs")
         inputs = blank() if void else meter.prepare(prepare, batch)
         at("forward")
         loss = engine(*inputs)

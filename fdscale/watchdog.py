@@ -88,9 +88,10 @@ class Watchdog:
     def stop(self) -> None:
         """Look no more."""
         self._ended.set()
-        for thread in (self._looking, self._asking):  # the interpreter must not end under them
-            if thread is not None:
-                thread.join(GRACE_S)
+        if self._looking is not None:  # the interpreter must not end under them
+            self._looking.join(GRACE_S)
+        if self._asking is not None:
+            self._asking.join(GRACE_S)
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:

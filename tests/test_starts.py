@@ -20,6 +20,7 @@ from helpers import outside
 from fdscale import UserError, config, starts
 from fdscale.run import Run
 
+pytestmark = pytest.mark.slow  # signs of life are waited for
 CLAIM = """
 import sys, time
 from pathlib import Path

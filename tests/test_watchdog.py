@@ -33,7 +33,7 @@ try:
         dog.begin(f"step {step}")
         dog.at("data")
         time.sleep(0.02)
-        dog.at("teacher")
+        dog.at("inputs")
         if step == 3 and dist.rank() == late:
             print("late", flush=True)
             if kind == "sleep":
@@ -51,6 +51,7 @@ try:
         dist.gather(step)
 finally:
     dog.stop()
+dist.close()
 print("done", flush=True)
 """
 
@@ -75,12 +76,13 @@ def finish(processes: list[subprocess.Popen[str]], timeout_s: float = 60) -> lis
     return [process.communicate(timeout=timeout_s)[0] for process in processes]
 
 
+@pytest.mark.slow
 def test_alone_it_names_where(start: Start, tmp_path: Path) -> None:
     (process,) = start("sleep", 0)
     (said,) = finish([process])
     assert process.returncode == 74, said
     assert "step 3 takes longer than 1 s" in said
-    assert "at step 3: teacher" in said
+    assert "at step 3: inputs" in said
     assert "ended 74 hung: step 3" in said
     assert "time.sleep" not in said
     stacks = (tmp_path / "stacks-0.log").read_text()
@@ -95,7 +97,7 @@ def test_of_three_the_late_one_is_named_by_all(start: Start, tmp_path: Path, lat
     for said, process in zip(finish(processes), processes, strict=True):
         assert process.returncode == 74, said
         assert (
-            f"Late: rank {late} on {os.uname().nodename} at step 3: teacher; the others are at step 3: forward" in said
+            f"Late: rank {late} on {os.uname().nodename} at step 3: inputs; the others are at step 3: forward" in said
         )
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"stacks-{rank}.log" for rank in range(3)]
 
@@ -136,6 +138,7 @@ def test_stopped_as_a_whole_is_not_hung(start: Start) -> None:
         assert process.returncode == 0, said
 
 
+@pytest.mark.slow
 def test_without_a_limit_nothing_looks(start: Start) -> None:
     (process,) = start("slow", 0, limit_s=0)
     (said,) = finish([process])

@@ -180,5 +180,5 @@ def print_table(result: dict[str, Any]) -> None:
     told = {"DeepSpeed": "DeepSpeed", "fdscale, waits": "fdscale, waits"}
     told |= {"fdscale": "fdscale: training stands still", "fdscale, in all": "fdscale: all that it costs training"}
     for name, text in told.items():
-        share = ratio(seconds, name, "DeepSpeed")
+        share = ratio(seconds, name, "DeepSpeed", digits=4)
         print(f"| {text} | {statistics.median(seconds[name]):.4f} | {share} |")

@@ -269,13 +269,13 @@ def index_anew(folder: Path) -> None:
 # Tables
 
 
-def ratio(seconds: dict[str, list[float]], one: str, other: str) -> str:
+def ratio(seconds: dict[str, list[float]], one: str, other: str, digits: int = 2) -> str:
     """Median and quartiles of how many times faster `other` is than `one`, within each round."""
     within = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
     if len(within) < 2:
-        return f"{within[0]:.2f}"
+        return f"{within[0]:.{digits}f}"
     low, median, high = statistics.quantiles(within, n=4, method="inclusive")
-    return f"{median:.2f} ({low:.2f} .. {high:.2f})"
+    return f"{median:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
 def table(title: str, count: int, unit: str, clocks: Clocks, base: str) -> None:

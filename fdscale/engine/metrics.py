@@ -67,8 +67,8 @@ class Meter:
         self._start = time.perf_counter()
 
     def _begin_step(self, now: float) -> None:
-        self._step_start, self._step_wait_s, self._teacher_s = now, 0.0, 0.0
-        self._teacher: Events = []  # the same on a GPU
+        self._step_start, self._step_wait_s, self._inputs_s = now, 0.0, 0.0
+        self._inputs: Events = []  # the same on a GPU
 
     def restart(self) -> None:
         """Forget the steps of this interval, and what is known of them."""
@@ -91,17 +91,17 @@ class Meter:
         return batch
 
     def prepare(self, make: Callable[[Any], Any], batch: Any) -> Any:
-        """What make(batch) returns: the module's inputs; its time counts as the teacher's."""
+        """What make(batch) returns: the module's inputs; its time is one of the spans of `Paces`."""
         if torch.cuda.is_available():
             ends = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             ends[0].record()
             made = make(batch)
             ends[1].record()
-            self._teacher.append(ends)
+            self._inputs.append(ends)
             return made
         start = time.perf_counter()
         made = make(batch)
-        self._teacher_s += time.perf_counter() - start
+        self._inputs_s += time.perf_counter() - start
         return made
 
     def add(self, loss: Tensor) -> None:
@@ -139,10 +139,10 @@ class Meter:
             event.record()
         self._fates.append((fate, event, void))
         now = time.perf_counter()
-        if self._teacher:
-            self.paces.add_queued(now - self._step_start, self._step_wait_s, self._teacher)
+        if self._inputs:
+            self.paces.add_queued(now - self._step_start, self._step_wait_s, self._inputs)
         else:
-            self.paces.add(now - self._step_start, self._step_wait_s, self._teacher_s)
+            self.paces.add(now - self._step_start, self._step_wait_s, self._inputs_s)
         self._begin_step(now)
 
     def verdicts(self, *, wait: bool = False) -> list[tuple[float, bool, bool]]:

@@ -1,7 +1,7 @@
 """How fast each rank is, to find the one that the others wait for.
 
 Ranks meet in every step, so all steps take as long as the slowest rank's. What differs is what a rank does before it
-meets others: waiting for its data, and its teacher's forward.
+meets others: waiting for its data, and computing the module's inputs, mostly its teacher's forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fdscale import dist
 WINDOW = 200  # last steps
 SLOWER = 1.2  # times the median rank's time,
 SHARE = 0.05  # and so much of a step more, make a rank slow
-SPANS = ("step_s", "data_wait_s", "teacher_s")
+SPANS = ("step_s", "data_wait_s", "inputs_s")
 
 Events = list[tuple[torch.cuda.Event, torch.cuda.Event]]  # around what was queued
 
@@ -33,7 +33,7 @@ class Slow(NamedTuple):
     usual: float  # the median rank's seconds
 
     def __str__(self) -> str:
-        what = "waits for data" if self.what == "data_wait_s" else "computes targets"
+        what = "waits for data" if self.what == "data_wait_s" else "computes its inputs"
         return (
             f"rank {self.rank} on {self.host} is slow: it {what} for {self.seconds:.3g} s a step, the median rank "
             f"for {self.usual:.3g} s"
@@ -47,16 +47,16 @@ class Paces:
         self._steps: deque[tuple[float, float, float]] = deque(maxlen=WINDOW)
         self._queued: deque[tuple[float, float, Events]] = deque(maxlen=WINDOW)  # whose end the host has not seen
 
-    def add(self, step_s: float, data_wait_s: float, teacher_s: float) -> None:
+    def add(self, step_s: float, data_wait_s: float, inputs_s: float) -> None:
         """A step."""
-        self._steps.append((step_s, data_wait_s, teacher_s))
+        self._steps.append((step_s, data_wait_s, inputs_s))
 
-    def add_queued(self, step_s: float, data_wait_s: float, teacher: Events) -> None:
-        """A step whose teacher ran on a GPU, between these events; it counts once they are over."""
-        self._queued.append((step_s, data_wait_s, teacher))
+    def add_queued(self, step_s: float, data_wait_s: float, inputs: Events) -> None:
+        """A step whose inputs were computed on a GPU, between these events; it counts once they are over."""
+        self._queued.append((step_s, data_wait_s, inputs))
         while self._queued and all(end.query() for _, end in self._queued[0][2]):
-            step_s, data_wait_s, teacher = self._queued.popleft()
-            self.add(step_s, data_wait_s, sum(start.elapsed_time(end) for start, end in teacher) / 1e3)
+            step_s, data_wait_s, inputs = self._queued.popleft()
+            self.add(step_s, data_wait_s, sum(start.elapsed_time(end) for start, end in inputs) / 1e3)
 
     def gather(self) -> list[dict[str, Any]]:
         """For every rank its host and the 50th, 95th and 100th percentile of each span; a collective."""

@@ -29,7 +29,7 @@ def test_the_rank_that_others_wait_for() -> None:
     assert "waits for data for 0.4 s" in str(late)
     hot = slowest(rows(alike, alike, (1.0, 0.001, 0.45)))
     assert hot is not None
-    assert (hot.rank, hot.what) == (2, "teacher_s")
+    assert (hot.rank, hot.what) == (2, "inputs_s")
 
 
 def test_of_two_the_slower() -> None:

@@ -212,6 +212,7 @@ def mutated(tree: Any, chance: random.Random) -> Any:
     return tree
 
 
+@pytest.mark.slow
 def test_changed_at_random_it_is_refused_or_whole(
     made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,7 +27,7 @@ def test_a_rank_that_hangs_in_its_teacher(starts: Starts, tmp_path: Path, stage:
     env = {"FAULT": "slow", "FAULT_CALLS": "10-10", "FAULT_RANK": str(late), "FAULT_HOLD": str(hold)}
     assert starts.run(run, env, 2, stage, MORE) == [74, 74], starts.output(run).read_text()
     said = starts.output(run).read_text()
-    assert f"Late: rank {late} on {os.uname().nodename} at step 10: teacher; the others are at step 10: " in said
+    assert f"Late: rank {late} on {os.uname().nodename} at step 10: inputs; the others are at step 10: " in said
     assert "faults/teachers.py" in (run / f"stacks-{late}.log").read_text()
     assert (run / f"stacks-{1 - late}.log").exists()
     (row,) = runs.survey([run])
@@ -73,10 +73,10 @@ def test_a_slow_rank_is_named_and_training_goes_on(starts: Starts) -> None:
     env = {"FAULT": "slow", "FAULT_CALLS": "2-999", "FAULT_RANK": "1"}
     assert starts.run(run, env, 2, 0, (*MORE, "log.every=6")) == [0, 0], starts.output(run).read_text()
     said = starts.output(run).read_text()
-    assert said.count(f"rank 1 on {os.uname().nodename} is slow: it computes targets for") == 1
+    assert said.count(f"rank 1 on {os.uname().nodename} is slow: it computes its inputs for") == 1
     assert [record["slow_rank"] for record in records(run)] == [1, 1]
     first, second = runs.read_ranks(run)
     assert (first["rank"], second["rank"]) == (1, 0)
-    assert first["teacher_s"][0] > 0.4 > second["teacher_s"][0]
+    assert first["inputs_s"][0] > 0.4 > second["inputs_s"][0]
     assert first["step_s"][0] == pytest.approx(second["step_s"][0], rel=0.5)
     assert json.loads((run / "starts" / "000001.json").read_text())["ended"]["code"] == 0

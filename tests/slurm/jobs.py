@@ -43,16 +43,15 @@ class Jobs:
 
     def submit(self, run: str, *more: str, options: Sequence[str] = (), nodes: int = 2, **env: str) -> str:
         """`fdscale submit`; the job's id."""
-        words = ["submit", "demo", "--run", run, "--nodes", str(nodes), "--gpus-per-node", "0", "--time", "60"]
-        environment = {
-            **outside(),
-            **self.cluster.environment,
-            **self._teacher(run, self.source),
-            "FDSCALE_LOCAL": str(self.folder / "local"),
-            **env,
-        }
+        return self.hand_in("demo", run, *self._settings(*more), *options, nodes=nodes, **self._teacher(run), **env)
+
+    def hand_in(self, recipe: str, run: str, *words: str, nodes: int = 2, **env: str) -> str:
+        """`fdscale submit` of any recipe, with these words; the job's id."""
+        size = ["--nodes", str(nodes), "--gpus-per-node", "0", "--time", "60"]
+        local = {"PYTHONPATH": str(self.source), "FDSCALE_LOCAL": str(self.folder / "local")}
+        environment = {**outside(), **self.cluster.environment, **local, **env}
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "fdscale.cli", *words, *self._settings(*more), *options],
+            [sys.executable, "-P", "-m", "fdscale.cli", "submit", recipe, "--run", run, *size, *words],
             env=environment, cwd=self.folder, capture_output=True, text=True, timeout=240, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -68,9 +67,9 @@ class Jobs:
     def _settings(self, *more: str) -> list[str]:
         return [*sets(*SETTINGS, f"data.shards={self._shards}", *more), "--ds", str(self.folder / "zero3.json")]
 
-    def _teacher(self, run: str, source: Path) -> dict[str, str]:
+    def _teacher(self, run: str, source: Path | None = None) -> dict[str, str]:
         return {
-            "PYTHONPATH": f"{source}:{ROOT / 'tests'}:{ROOT / 'tests' / 'slurm'}",
+            "PYTHONPATH": f"{source or self.source}:{ROOT / 'tests'}:{ROOT / 'tests' / 'slurm'}",
             "LET_GO": str(self.folder / f"{run}-may-go"),
         }
 

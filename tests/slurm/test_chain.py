@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, sets
+from helpers import TINY, sets
 from test_finetune import FINETUNE, VIT
 from test_resume import losses
 
 from slurm.cluster import Cluster, missing
+from slurm.jobs import Jobs
 
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 if missing():
     pytest.skip(f"no Slurm for tests here: {missing()}", allow_module_level=True)
-
-from slurm.test_slurm import Jobs, cluster, jobs  # noqa: E402, F401 - the fixtures
 
 DISTILL = (
     *TINY,
@@ -31,35 +27,24 @@ DISTILL = (
 )
 
 
-def submit(jobs: Jobs, verb: str, recipe: str, run: str, *settings: str, options: tuple[str, ...] = ()) -> str:  # noqa: F811
-    """`fdscale submit --verb` on two nodes; the job's id."""
-    words = ["submit", recipe, "--verb", verb, "--run", run, "--nodes", "2", "--gpus-per-node", "0", "--time", "60"]
-    outside = {key: value for key, value in jobs.cluster.environment.items() if key not in ("RANK", "WORLD_SIZE")}
-    environment = outside | {"PYTHONPATH": str(ROOT), "FDSCALE_LOCAL": str(jobs.folder / "local")}
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "fdscale.cli", *words, *sets(*settings), *options],
-        env=environment, cwd=jobs.folder, capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return re.search(r"submitted job (\d+)", done.stdout).group(1)
-
-
-def test_distil_fine_tune_evaluate(cluster: Cluster, jobs: Jobs, shards: Path, digits: Path) -> None:  # noqa: F811
-    zero3 = ("--ds", "zero3.json")
-    first = submit(jobs, "distill", "demo", "chain/distilled", *DISTILL, f"data.shards={shards}", options=zero3)
+def test_distil_fine_tune_evaluate(cluster: Cluster, jobs: Jobs, shards: Path, digits: Path) -> None:
+    zero3, distilled, tuned = ("--ds", "zero3.json"), "chain/distilled", "chain/tuned"
     labelled = (f"data.shards={digits / 'train'}", f"data.heldout_shards={digits / 'heldout'}")
-    tuning = (*FINETUNE, *labelled, "schedule.steps=4", "student.weights=chain/distilled")
-    second = submit(jobs, "finetune", "demo_finetune", "chain/tuned", *tuning, options=(*zero3, "--after", first))
-    third = submit(jobs, "evaluate", "demo_finetune", "chain/tuned", *tuning, options=("--after", second))
+    tuning = sets(*FINETUNE, *labelled, "schedule.steps=4", f"student.weights={distilled}")
+    first = jobs.hand_in("demo", distilled, *sets(*DISTILL, f"data.shards={shards}"), *zero3)
+    second = jobs.hand_in("demo_finetune", tuned, "--verb", "finetune", *tuning, *zero3, "--after", first)
+    third = jobs.hand_in("demo_finetune", tuned, "--verb", "evaluate", *tuning, "--after", second)
     assert [cluster.job(job)["Reason"] for job in (second, third)] == ["Dependency"] * 2
     for job in (first, second, third):
         cluster.wait(job, "COMPLETED")
         assert cluster.job(job)["Restarts"] == "0"
 
-    tuned = jobs.folder / "chain" / "tuned"
-    assert max(losses(tuned)) == 4
-    assert "random weights" not in jobs.log("chain/tuned", second) + jobs.all_logs("chain/tuned")
-    report = json.loads((tuned / "evaluation" / "step-00000004.json").read_text())
-    last = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[-1])
+    run = jobs.folder / tuned
+    assert max(losses(run)) == 4
+    said = (run / "slurm" / f"job-{second}" / "rank-00000.log").read_text()
+    assert "vit -> 10 classes" in said
+    assert "random weights" not in said
+    report = json.loads((run / "evaluation" / "step-00000004.json").read_text())
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert (report["samples"], report["top1"]) == (101, last["heldout_top1"])
     assert len(report["left_out"]) == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,17 +17,6 @@ from slurm.jobs import STEPS, Jobs
 pytestmark = [pytest.mark.slow, pytest.mark.slurm]
 if missing():
     pytest.skip(f"no Slurm for tests here: {missing()}", allow_module_level=True)
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def jobs(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    return Jobs(cluster, shards, tmp_path_factory.mktemp("jobs"))
 
 
 def test_a_run_survives_the_cluster(cluster: Cluster, jobs: Jobs) -> None:
