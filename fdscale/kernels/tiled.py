@@ -78,10 +78,10 @@ class Tiles:
         self._tokens = (self.kinds.tokens[:, None] + image * math.prod(self.size)).flatten(0, 1)  # n N, of all images
         self._owners = self.kinds.inverse // self.count * self.batch + image  # B T: which of the n
         self._places = self.kinds.inverse % self.count  # T
-        windows = len(self._tokens)
+        alike = self.batch * max(end - first for first, end, _ in self.kinds.spans)
         self._rows = window[1] * max(1, min(window[0], TILE // (self.count * window[1])))  # R: whole rows of the window
-        self._windows = max(1, TILE // (self._rows * self.count))  # c
-        self._heads = max(1, min(heads, TILE // (windows * self.count**2)))  # g
+        self._windows = max(1, min(alike, TILE // (self._rows * self.count)))  # c
+        self._heads = max(1, min(heads, TILE // (self._windows * self._rows * self.count)))  # g
 
     def head_groups(self) -> list[slice]:
         """Slices of the heads."""
@@ -141,7 +141,8 @@ def spread(table: Tensor, rows: slice, window: tuple[int, int]) -> Tensor:
     cell = token // window[1] * (2 * window[1] - 1) + token % window[1]
     middle = (window[0] - 1) * (2 * window[1] - 1) + window[1] - 1
     cells = cell[rows, None] - cell + middle
-    return table.flatten(1).index_select(1, cells.flatten()).view(-1, *cells.shape)
+    flat = cells.flatten().expand(len(table), -1)
+    return table.flatten(1).gather(1, flat).view(-1, *cells.shape)  # a third of the time of index_select
 
 
 def fold(tile: Tensor, rows: slice, into: Tensor, window: tuple[int, int]) -> None:
@@ -155,6 +156,14 @@ def fold(tile: Tensor, rows: slice, into: Tensor, window: tuple[int, int]) -> No
     tile = tile.unflatten(-1, (ww, 2 * ww - 1)).sum(-2).flip(2)  # g yi yj dx, yj backwards
     for i, y in enumerate(range(rows.start // ww, rows.stop // ww)):
         into[:, y : y + wh] += tile[:, i]
+
+
+def _exp(x: Tensor) -> Tensor:
+    """In place, of numbers of which the largest is about 0. What is below 1e-37 becomes 0, and no denormal number.
+
+    A CPU takes several times as long for those, and a mask of -100 makes many.
+    """
+    return F.threshold_(x, -86.0, -math.inf).exp_()
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,7 +202,7 @@ def forward(
                 for some, bias in tiles.windows(spread(table[heads], rows, window), rows):
                     scores = (q[some, :, rows] @ k[some].mT).add_(bias)  # c g R N
                     top = scores.amax(-1, keepdim=True)
-                    weights = scores.sub_(top).exp_()
+                    weights = _exp(scores.sub_(top))
                     total = weights.sum(-1, keepdim=True)
                     o[some, :, rows] = (weights @ v[some]).div_(total)
                     log_sum[some, :, rows] = total.log_().add_(top)
@@ -249,7 +258,7 @@ def _backward_heads(
         d_bias = torch.zeros_like(bias)
         for some, masked in tiles.windows(bias, rows):
             queries = scaled[some, :, rows]
-            weights = (queries @ k[some].mT).add_(masked).sub_(lse[some, :, rows]).exp_()  # c g R N
+            weights = _exp((queries @ k[some].mT).add_(masked).sub_(lse[some, :, rows]))  # c g R N
             # Their sums are 1 but for the rounding of lse, 1e-5 at logits of 100. Dividing by them makes that vanish.
             total = weights.sum(-1, keepdim=True)
             d_out = grad[some, :, rows] / total
