@@ -43,6 +43,8 @@ class Zygote:
         for line in self._process.stdout:
             told = json.loads(line)
             if "code" not in told:
+                with self._ended:
+                    self._codes.pop(told["pid"], None)  # of an earlier one: numbers come again
                 self._started.put(told["pid"])
                 continue
             with self._ended:
