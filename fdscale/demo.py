@@ -118,7 +118,7 @@ def demo(out: Path, first: int | None, overrides: list[str]) -> None:
     if steps is None:
         raise UserError("the demo counts in steps: give --set schedule.steps=N, not epochs")
     first = max(1, steps // 2) if first is None else first
-    make_room(out)
+    make_room(out, "photos")
     for part, photos in (("train", TRAIN), ("heldout", HELD_OUT)):
         collect(photos, out / "photos" / part)
         command("shards", "make", out / "photos" / part, out / "shards" / part, "--samples-per-shard", "4")
@@ -134,11 +134,14 @@ def demo(out: Path, first: int | None, overrides: list[str]) -> None:
     report(out, time.perf_counter() - start)
 
 
-def make_room(out: Path) -> None:
-    """Remove what an earlier demo left in `out`. Raises UserError for a file, or a folder that no demo made."""
+def make_room(out: Path, images: str) -> None:
+    """Remove what an earlier demo left in `out`, whose images are in that folder of it.
+
+    Raises UserError for a file, or a folder that no demo made.
+    """
     if out.is_dir() and not any(out.iterdir()):
         return
-    if out.exists() and not all((out / part).is_dir() for part in ("photos/train", "photos/heldout")):
+    if out.exists() and not all((out / images / part).is_dir() for part in ("train", "heldout")):
         raise UserError(f"{out} exists and was not made by this demo, so it is left alone; give another --out")
     shutil.rmtree(out, ignore_errors=True)
 

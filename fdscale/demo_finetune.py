@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 from fdscale import UserError
-from fdscale.demo import command
+from fdscale.demo import command, make_room
 
 HELD_OUT_EVERY = 5
 
@@ -49,7 +48,7 @@ def demo(student: Path, out: Path, overrides: list[str]) -> None:
     start = time.perf_counter()
     if not (student / "checkpoints").is_dir():
         raise UserError(f"{student} is no run: make it with `make demo`, or name another --student")
-    make_room(out)
+    make_room(out, "digits")
     collect(out / "digits")
     for part in ("train", "heldout"):
         command("shards", "make", out / "digits" / part, out / "shards" / part, "--samples-per-shard", "100")
@@ -67,15 +66,6 @@ def demo(student: Path, out: Path, overrides: list[str]) -> None:
         "One small data set and one seed demonstrate the machinery; they are no benchmark.\n"
         f"Accuracy of each digit: {out}/distilled/evaluation/"
     )
-
-
-def make_room(out: Path) -> None:
-    """Remove what an earlier demo left in `out`. Raises UserError for a file, or a folder that no demo made."""
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists() and not (out / "digits" / "heldout").is_dir():
-        raise UserError(f"{out} exists and was not made by this demo, so it is left alone; give another --out")
-    shutil.rmtree(out, ignore_errors=True)
 
 
 def collect(folder: Path) -> None:

@@ -33,10 +33,8 @@ export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}
 #export NCCL_IB_GID_INDEX=3
 
 # ---- when a collective hangs -----------------------------------------------------------------------------------------
-# PyTorch's flight recorder: each rank keeps its last collectives, and writes them down when one times out. With
-# `torchfrtrace` they name the rank that is missing. fdscale's watchdog writes them too. About 10 MB of memory each, no measurable time.
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-20000}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+# PyTorch's flight recorder, which fdscale turns on: each rank keeps its last collectives, and writes them down when one
+# times out; the watchdog writes them too. With `torchfrtrace` they name the rank that is missing.
 export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$job/collectives-} # and the rank
 
 # ---- Python ----------------------------------------------------------------------------------------------------------

@@ -109,11 +109,11 @@ def test_an_earlier_demo_is_replaced_and_anything_else_is_left_alone(tmp_path: P
     assert "not made by this demo" in refused.stderr
     assert precious.read_bytes() == b"irreplaceable"
     with pytest.raises(UserError, match="not made by this demo"):
-        make_room(precious)
+        make_room(precious, "photos")
 
     for part in ("train", "heldout"):
         (tmp_path / "old" / "photos" / part).mkdir(parents=True)
-    make_room(tmp_path / "old")
+    make_room(tmp_path / "old", "photos")
     assert not (tmp_path / "old").exists()
 
 
