@@ -46,17 +46,17 @@ def went_on(starts: Starts, run: Path, kind: str, figures: Figures, world: int =
     at_most: steps that may have to be done again. A save is under way while the next steps are trained, so these are
     two intervals.
     """
-    figures.tried[kind] += 1
-    figures.failed[kind] += 1  # until shown otherwise
-    before, done = newest(run), trained(run)
-    assert done - before <= at_most, f"step {done} was trained, and the newest valid checkpoint is of step {before}"
-    figures.lost_steps.setdefault(kind, []).append(done - before)
-    assert starts.run(run, world=world) == [0] * world, starts.output(run).read_text()
-    starts.same(run, world)
-    left = {path.name for path in (run / "checkpoints").iterdir()}
-    assert {"latest", f"step-{STEPS:08d}"} <= left
-    assert sum(name.startswith(".") for name in left) <= 1, left
-    figures.failed[kind] -= 1
+    with figures.trial(kind):
+        before, done = newest(run), trained(run)
+        assert done - before <= at_most, f"step {done} was trained, and the newest valid checkpoint is of step {before}"
+        figures.lost_steps.setdefault(kind, []).append(done - before)
+        assert starts.run(run, world=world) == [0] * world, starts.output(run).read_text()
+        starts.same(run, world)
+        left = {path.name for path in (run / "checkpoints").iterdir()}
+        assert {"latest", f"step-{STEPS:08d}"} <= left
+        assert sum(name.startswith(".") for name in left) <= 1, left
+    if before < STEPS:
+        figures.resumed(starts.output(run).read_text())
     shutil.rmtree(run)
 
 
@@ -82,15 +82,15 @@ def test_killed_at_any_time_again_and_again(starts: Starts, figures: Figures, wo
     for _ in range(60 if LONG else 3):
         run = starts.new()
         for _ in range(draw.randint(1, 4)):
-            pids = starts.begin(run, world=world)
-            time.sleep(draw.uniform(0, usual_s))
-            if world > 1 and draw.random() < 0.5:
-                kill(draw.choice(pids))  # the other notices by itself
-            else:
-                kill_all(pids)
-            codes = starts.end(pids)
-            assert set(codes) <= {0, 1, -9}, starts.output(run).read_text()
-            figures.tried[f"kill -9 at a random time, {world} rank(s)"] += 1
+            with figures.trial(f"kill -9 at a random time, {world} rank(s)"):
+                pids = starts.begin(run, world=world)
+                time.sleep(draw.uniform(0, usual_s))
+                if world > 1 and draw.random() < 0.5:
+                    kill(draw.choice(pids))  # the other notices by itself
+                else:
+                    kill_all(pids)
+                codes = starts.end(pids)
+                assert set(codes) <= {0, 1, -9}, starts.output(run).read_text()
         starts.output(run).unlink()  # a rank whose peer was killed may say so with a traceback of the library
         went_on(starts, run, f"chain of up to four kills, {world} rank(s)", figures, world)
 
@@ -113,7 +113,7 @@ def test_a_disk_that_fails(starts: Starts, figures: Figures, error: str, lasting
         went_on(starts, run, kind, figures, at_most=STEPS if lasting else 2 * EVERY)  # while it lasts, nothing is saved
 
 
-def test_a_disk_that_is_really_full(starts: Starts, figures: Figures) -> None:
+def test_a_disk_that_is_really_full(starts: Starts) -> None:
     """There is room for one checkpoint and a half: the first is saved, no other; with more room all goes on."""
     sizes = [path.stat().st_size for path in (starts.whole() / "checkpoints" / f"step-{STEPS:08d}").iterdir()]
     run = starts.new()
@@ -130,12 +130,11 @@ def test_a_disk_that_is_really_full(starts: Starts, figures: Figures) -> None:
         subprocess.run(["mount", "-o", "remount,size=1g", str(run)], check=True)
         assert starts.run(run) == [0], starts.output(run).read_text()
         starts.same(run)
-        figures.tried["full disk"] += 1
     finally:
         subprocess.run(["umount", "-l", str(run)], check=True)
 
 
-def test_a_disk_that_fails_on_one_rank(starts: Starts, figures: Figures) -> None:
+def test_a_disk_that_fails_on_one_rank(starts: Starts) -> None:
     """The save is given up on both, its files are gone, and training goes on."""
     run = starts.new()
     fault = {"FAULT_BELOW": str(run / "checkpoints"), "FAULT_AT": "2", "FAULT_DO": str(errno.EDQUOT)}
@@ -148,7 +147,6 @@ def test_a_disk_that_fails_on_one_rank(starts: Starts, figures: Figures) -> None
     left = {path.name for path in (run / "checkpoints").iterdir()}
     assert left == {"latest", *(f"step-{step:08d}" for step in range(2 * EVERY, STEPS + 1, EVERY))}
     starts.same(run, world=2, stage=3)
-    figures.tried["EDQUOT on one rank"] += 1
 
 
 @pytest.mark.parametrize("jump_s", [-10_000_000, 10_000_000])
@@ -156,9 +154,9 @@ def test_a_clock_that_jumps(starts: Starts, figures: Figures, jump_s: int) -> No
     for at in instants(changes(starts), 2)[:: 1 if not LONG else 8]:
         run = starts.new()
         fault = {"FAULT_BELOW": str(run), "FAULT_AT": str(at), "FAULT_CLOCK": str(jump_s)}
-        assert starts.run(run, fault) == [0], starts.output(run).read_text()
-        starts.same(run)
-        figures.tried["clock jump"] += 1
+        with figures.trial("clock jump"):
+            assert starts.run(run, fault) == [0], starts.output(run).read_text()
+            starts.same(run)
         shutil.rmtree(run)
 
 
@@ -196,8 +194,8 @@ def test_damaged_files_of_the_newest_checkpoint(starts: Starts, figures: Figures
         damage(files[number % len(files)], how, draw)
         if how == "flipped" and newest(run) == STEPS:
             continue  # the bit does not matter, such as one in the manifest's list of versions
-        assert newest(run) == STEPS - EVERY
-        assert starts.run(run, more=("save.keep=3",)) == [0], starts.output(run).read_text()
-        figures.tried[f"{how} file of the newest checkpoint"] += 1
-        starts.same(run)
+        with figures.trial(f"{how} file of the newest checkpoint"):
+            assert newest(run) == STEPS - EVERY
+            assert starts.run(run, more=("save.keep=3",)) == [0], starts.output(run).read_text()
+            starts.same(run)
         shutil.rmtree(run)

@@ -114,12 +114,12 @@ def test_stopped_at_any_change_it_changes_nothing_more(starts: Starts, figures: 
         said = lambda run=run: starts.output(run).read_text()  # noqa: E731
         wait_for(lambda pid=stale: starts.zygote.code(pid) is not None or state_of(pid) == "T", said)
         if starts.zygote.code(stale) is None:
-            assert starts.run(run, REQUEUED) == [0], said()
-            before = below(run / "checkpoints")
-            os.kill(stale, signal.SIGCONT)
-            assert starts.end([stale])[0] in (76, 0), said()  # 0: nothing was left to save
-            assert below(run / "checkpoints") == before, (at, said())
-            figures.tried["asleep at a change of a checkpoint, and taken over"] += 1
+            with figures.trial("asleep at a change of a checkpoint, and taken over"):
+                assert starts.run(run, REQUEUED) == [0], said()
+                before = below(run / "checkpoints")
+                os.kill(stale, signal.SIGCONT)
+                assert starts.end([stale])[0] in (76, 0), said()  # 0: nothing was left to save
+                assert below(run / "checkpoints") == before, (at, said())
         starts.same(run)
 
 
