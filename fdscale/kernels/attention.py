@@ -3,6 +3,7 @@
     reference   kernels/reference.py: the definition, differentiated by autograd, which keeps the N x N weights
     torch       kernels/tiled.py, on any device: one tile of the scores at a time, and none kept for the backward
     triton      kernels/fused.py, on NVIDIA GPUs: no scores in memory at all
+    cuda        kernels/compiled.py, on NVIDIA GPUs: the same in CUDA C++ for bf16 and fp16, built on request
 
 All but the reference are `torch.ops.fdscale.window_attention`: one node for torch.compile and activation checkpointing.
 Its dtypes are those of its inputs, under autocast too. The environment variable FDSCALE_KERNELS overrides the config.
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 from fdscale import UserError
-from fdscale.kernels import reference, tiled
+from fdscale.kernels import compiled, reference, tiled
 
 VARIABLE = "FDSCALE_KERNELS"
-NAMES = ("reference", "torch", "triton")
+NAMES = ("reference", "torch", "triton", "cuda")
 MASKS = {"-100": reference.MASKED, "-inf": -math.inf}  # added between tokens that the roll made neighbours
 
 
@@ -47,6 +48,8 @@ def choose(wanted: str, device: torch.device) -> str:
 
 def cannot_run(name: str, device: torch.device) -> str | None:
     """Why one of NAMES cannot run on a device, or None."""
+    if name == "cuda":
+        return compiled.cannot_run(device)
     if name != "triton":
         return None
     if importlib.util.find_spec("triton") is None:
@@ -112,8 +115,8 @@ def _implementation(by: str, device: torch.device) -> ModuleType:
         raise UserError(f"window attention by {by!r}: expected {', '.join(NAMES)}")
     if why := cannot_run(by, device):
         raise UserError(f"window attention by {by} cannot run here: {why}")
-    if by == "torch":
-        return tiled
+    if by != "triton":
+        return tiled if by == "torch" else compiled
     from fdscale.kernels import fused  # imports triton
 
     return fused

@@ -20,6 +20,7 @@ from fdscale.kernels.places import on, places_of
 LIBRARY = Path(__file__).with_name("libfdscale_cuda.so")
 HEAD = 32  # channels
 WARPS = 8  # of a block, at most
+CHUNK = 24  # rows of patches in shared memory at a time, at most: what an A100 has room for
 BLOCKS = 1024  # of the backward for q: enough for any GPU, and the same on all, since it decides the order of sums
 
 
@@ -54,7 +55,8 @@ class Layout(NamedTuple):
     tall: int  # pairs of patches that a warp holds: 2 or 3
     columns: int  # of patches
     rows: int  # of patches, whole tiles of warps
-    walked: int  # rows with tokens, made even
+    walked: int  # rows with tokens, in whole chunks
+    chunk: int  # rows in shared memory at a time
     warps: int
     groups: int
     exact: bool  # every slot that is walked over has a token
@@ -82,13 +84,15 @@ def layout_of(window: tuple[int, int], masked: bool) -> Layout:
     for patch, tall in ((8, 2), (4, 2), (4, 3)):
         high = 8 // patch
         columns, rows = -(-window[1] // patch), -(-window[0] // high)
-        walked = rows + rows % 2
-        rows += -rows % (2 * tall)
+        parts = -(-rows // CHUNK)
+        chunk = -(-rows // (2 * parts)) * 2
+        walked = chunk * parts
+        rows = -(-walked // (2 * tall)) * 2 * tall
         tiles = columns * rows // (2 * tall)
         warps = max(w for w in range(1, WARPS + 1) if tiles % w == 0)
         exact = (walked * high, columns * patch) == window
         if tall == 2 or (exact and not masked):
-            found.append(Layout(patch, tall, columns, rows, walked, warps, tiles // warps, exact))
+            found.append(Layout(patch, tall, columns, rows, walked, chunk, warps, tiles // warps, exact))
     return min(found, key=lambda it: (not it.exact, it.columns * it.rows))
 
 
@@ -126,7 +130,7 @@ class Problem(ctypes.Structure):
         *("table_parts", "scale_parts", "d_table", "d_scale"),
     )
     NUMBERS = (
-        *("size", "heads", "windows", "count", "window_rows", "window_columns", "columns", "rows", "walked"),
+        *("size", "heads", "windows", "count", "window_rows", "window_columns", "columns", "rows", "walked", "chunk"),
         *("warps", "groups", "shares", "block_rows"),
     )
     _fields_ = [
@@ -164,8 +168,16 @@ class Job:
         }
         self.numbers = {
             **{"size": height * width, "heads": self.heads, "windows": len(slots.tokens), "count": self.count},
-            **{"window_rows": window[0], "window_columns": window[1], "shares": 1, "masked": masked / 0.6931471805599453},
-            **{name: getattr(self.layout, name) for name in ("columns", "rows", "walked", "warps", "groups", "block_rows")},
+            **{
+                "window_rows": window[0],
+                "window_columns": window[1],
+                "shares": 1,
+                "masked": masked / 0.6931471805599453,
+            },
+            **{
+                name: getattr(self.layout, name)
+                for name in ("columns", "rows", "walked", "chunk", "warps", "groups", "block_rows")
+            },
         }
 
     def run(self, name: str, numbers: dict[str, Any] | None = None, **tensors: Tensor) -> None:

@@ -75,8 +75,12 @@ def adversarial(case: str) -> tuple[Tensor, ...]:
     return qkv, table, scale
 
 
-def assert_as_exact_as_eager(attend: Callable[..., Tensor], case: str, dtype: torch.dtype, factor: float = 1.5) -> None:
+def assert_as_exact_as_eager(
+    attend: Callable[..., Tensor], case: str, dtype: torch.dtype, factor: float = 1.5, wide_sums: bool = True
+) -> None:
     """The error of each result is at most 1.5 times, or `factor`, that of the official code under the same autocast.
+
+    wide_sums: nothing is rounded to 16 bits on the way to the gradients of table and scale.
 
     Against the official formula in float64 on the same rounded inputs; scales from 10 to beyond the clamp.
     """
@@ -101,8 +105,8 @@ def assert_as_exact_as_eager(attend: Callable[..., Tensor], case: str, dtype: to
         # scale is zero, as a sum of a thousand numbers.
         size = 1000.0 if (name, case) == ("scale", "equal keys") else e.norm().item()
         assert error[0] <= max(factor * error[1], 2 * limits.eps * size), (name, error)
-        if narrow and name in ("table", "scale"):
-            assert error[0] <= 1e-5 * size, (name, error)  # nothing is rounded to 16 bits on the way to them
+        if narrow and wide_sums and name in ("table", "scale"):
+            assert error[0] <= 1e-5 * size, (name, error)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -6,9 +6,6 @@ Triton brings all that this needs: a compiler to PTX, NVIDIA's assembler and cuo
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter's kernels cannot be compiled", allow_module_level=True)
 
 triton = pytest.importorskip("triton")
+from sass import Function, functions  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from fdscale.kernels import fused, triton_kernels  # noqa: E402
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = ("forward", "backward_q", "backward_kv", "backward_table")
 MAPS = ("GRAD", "QKV", "OUT", "DQKV")  # in the dtype of qkv
 INTEGERS = ("TOKENS", "CELLS", "REGIONS")
@@ -50,19 +47,13 @@ def compiled(kernel: Any, window: int, dim: int, dtype: torch.dtype, capability:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["cubin"]
 
 
-def dissect(binary: bytes, folder: Path) -> tuple[dict[str, int], Counter[str]]:
-    """Registers and bytes of stack and local memory of a thread, and how often each instruction stands in the code."""
+def dissect(binary: bytes, folder: Path) -> Function:
+    """The one kernel of a cubin."""
     file = folder / "kernel.cubin"
     file.write_bytes(binary)
-
-    def read(what: str) -> str:
-        command = [str(CUOBJDUMP), what, str(file)]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", read("-res-usage"))}
-    code = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\d+\s+)?([A-Z0-9_.]+)", read("--dump-sass"))
-    assert len(code) > 100
-    return usage, Counter(name.split(".")[0] for name in code)
+    (kernel,) = functions(file).values()
+    assert len(kernel.code) > 100
+    return kernel
 
 
 @pytest.mark.slow
@@ -71,10 +62,11 @@ def dissect(binary: bytes, folder: Path) -> tuple[dict[str, int], Counter[str]]:
 @pytest.mark.parametrize("name", KERNELS)
 def test_it_uses_tensor_cores_and_spills_nothing(name, window, dim, dtype, capability, tmp_path):
     kernel = getattr(triton_kernels, f"{name}_kernel")
-    usage, code = dissect(compiled(kernel, window, dim, dtype, capability), tmp_path)
-    assert usage["STACK"] == usage["LOCAL"] == code["LDL"] == code["STL"] == 0
+    it = dissect(compiled(kernel, window, dim, dtype, capability), tmp_path)
+    code = it.count()
+    assert it.stack == code["LDL"] == code["STL"] == 0
     # A multiprocessor has 65536 registers: three blocks of four warps of the forward run at once, two of the others.
-    assert usage["REG"] <= (168 if (name, dim) == ("forward", 32) else 255)
+    assert it.registers <= (168 if (name, dim) == ("forward", 32) else 255)
     assert code["HMMA"] + code["HGMMA"] > 0
     assert not {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"} & set(code)  # sums would have no fixed order
 
@@ -83,7 +75,8 @@ def test_it_uses_tensor_cores_and_spills_nothing(name, window, dim, dtype, capab
 @pytest.mark.parametrize("name", KERNELS)
 def test_float32_compiles_too(name, tmp_path):
     """With exact products, which tensor cores do not have."""
-    usage, code = dissect(compiled(getattr(triton_kernels, f"{name}_kernel"), 8, 32, torch.float32, 80), tmp_path)
-    assert usage["REG"] <= 255
+    it = dissect(compiled(getattr(triton_kernels, f"{name}_kernel"), 8, 32, torch.float32, 80), tmp_path)
+    code = it.count()
+    assert it.registers <= 255
     assert code["FFMA"] > 0
     assert code["HMMA"] == 0

@@ -8,15 +8,15 @@ template <int PW, int Q>
 struct BackwardKVMemory : Memory {
     int queries, grads, keys, values, regions, inverse, start, delta, table, scratch;
     __host__ __device__ BackwardKVMemory(const Problem& p) {
-        const int column = p.walked * 8, tile = Q * 8;
-        queries = take(2 * column * ROW_BYTES);
-        grads = take(2 * column * ROW_BYTES);
+        const int chunk = p.chunk * 8, tile = Q * 8;
+        queries = take(2 * chunk * ROW_BYTES);
+        grads = take(2 * chunk * ROW_BYTES);
         keys = take(p.warps * tile * ROW_BYTES);
         values = take(p.warps * tile * ROW_BYTES);
-        regions = take(column * 4);
+        regions = take(chunk * 4);
         inverse = take(p.warps * tile * 4);
-        start = take(column * 4);
-        delta = take(column * 4);
+        start = take(chunk * 4);
+        delta = take(chunk * 4);
         table = take(TablePart<PW>(p, 0, false).cells() * 4);
         scratch = take(2 * MAX_WARPS * 4);
     }
@@ -30,7 +30,7 @@ KERNEL(MAX_WARPS * 32) backward_kv_kernel(const Problem p) {
     const Warp warp;
     const Tile<Q> tile(p, warp);
     const int n = blockIdx.x, head = blockIdx.y, slots = p.columns * p.rows * 8, width = p.heads * HEAD;
-    const int column_slots = p.walked * 8, column_bytes = column_slots * ROW_BYTES, mine = warp.index * Q * 8;
+    const int chunk_slots = p.chunk * 8, chunk_bytes = chunk_slots * ROW_BYTES, mine = warp.index * Q * 8;
     const int* tokens = p.tokens + (size_t)(n % p.windows) * slots;
     const int* regions = p.regions + (size_t)(n % p.windows) * slots;
     const size_t base = (size_t)(n / p.windows) * p.size;
@@ -45,17 +45,17 @@ KERNEL(MAX_WARPS * 32) backward_kv_kernel(const Problem p) {
     unsigned char* own_values = shared + memory.values + mine * ROW_BYTES;
     float* own_inverse = reinterpret_cast<float*>(shared + memory.inverse) + mine;
 
-    const auto begin_column = [&](int column) {
-        const int at = (column & 1) * column_bytes;
-        const int* theirs = tokens + column * p.rows * 8;
-        begin_rows(shared + memory.queries + at, qkv, theirs, column_slots, 3 * width, threadIdx.x, blockDim.x);
-        begin_rows(shared + memory.grads + at, grad, theirs, column_slots, width, threadIdx.x, blockDim.x);
+    const auto begin_chunk = [&](const Chunk& chunk) {
+        const int at = chunk.parity * chunk_bytes;
+        const int* theirs = tokens + chunk.slot;
+        begin_rows(shared + memory.queries + at, qkv, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
+        begin_rows(shared + memory.grads + at, grad, theirs, chunk_slots, width, threadIdx.x, blockDim.x);
     };
     if (tile.there) {
         begin_rows(own_keys, qkv + width, tokens + tile.slot, Q * 8, 3 * width, warp.lane, 32);
         begin_rows(own_values, qkv + 2 * width, tokens + tile.slot, Q * 8, 3 * width, warp.lane, 32);
     }
-    begin_column(0);
+    begin_chunk(Chunk(p, 0));
     const TablePart<PW> part(p, blockIdx.z * p.warps / p.columns * Q, false);
     load_table(table, part, p, head, reinterpret_cast<float*>(shared + memory.scratch));
     const float natural = exp2_of(fminf(p.logit_scale[head], LARGEST_SCALE) * LOG2E), scale = natural * LOG2E;
@@ -69,21 +69,22 @@ KERNEL(MAX_WARPS * 32) backward_kv_kernel(const Problem p) {
     if (MASKED && tile.there)
         for (int m = 0; m < Q; ++m) key_region[m] = regions[tile.slot + m * 8 + warp.g];
 
-    for (int column = 0; column < p.columns; ++column) {
-        unsigned char* queries = shared + memory.queries + (column & 1) * column_bytes;
-        unsigned char* grads = shared + memory.grads + (column & 1) * column_bytes;
+    for (int index = 0; index < Chunk::count(p); ++index) {
+        const Chunk chunk(p, index);
+        unsigned char* queries = shared + memory.queries + chunk.parity * chunk_bytes;
+        unsigned char* grads = shared + memory.grads + chunk.parity * chunk_bytes;
         wait_for_copies();
         sync_block();
-        if (column + 1 < p.columns) begin_column(column + 1);
-        normalise<T>(queries, column_slots, nullptr, threadIdx.x, blockDim.x);
-        for (int i = threadIdx.x; i < column_slots; i += blockDim.x) {
-            const int slot = column * p.rows * 8 + i, place = place_of<PW>(p, column, i);
+        if (index + 1 < Chunk::count(p)) begin_chunk(Chunk(p, index + 1));
+        normalise<T>(queries, chunk_slots, nullptr, threadIdx.x, blockDim.x);
+        for (int i = threadIdx.x; i < chunk_slots; i += blockDim.x) {
+            const int slot = chunk.slot + i, place = place_of<PW>(p, chunk.column, chunk.row, i);
             const bool there = !MASKED || tokens[slot] >= 0;  // queries without a token have no weights
             start[i] = there ? -p.lse[row_base + place] / scale : -INFINITY;
             delta[i] = there ? -p.delta[row_base + place] : 0.f;
             if (MASKED) query_regions[i] = regions[slot];
         }
-        if (column == 0 && tile.there) {
+        if (index == 0 && tile.there) {
             normalise<T>(own_keys, Q * 8, own_inverse, warp.lane, 32);
             sync_warp();
             for (int m = 0; m < MT; ++m) {
@@ -94,9 +95,9 @@ KERNEL(MAX_WARPS * 32) backward_kv_kernel(const Problem p) {
         sync_block();
         if (!tile.there) continue;
 
-        Biases<PW, Q, false> biases(table, part, tile.row, tile.column, column, warp);
+        Biases<PW, Q, false> biases(table, part, tile.row, tile.column, chunk, warp);
 #pragma unroll 1
-        for (int row = 0; row < p.walked; row += 2) {
+        for (int row = 0; row < p.chunk; row += 2) {
             uint32_t weights[MT][4], by_score[MT][4];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
@@ -105,16 +106,16 @@ KERNEL(MAX_WARPS * 32) backward_kv_kernel(const Problem p) {
                 load_right(query, queries, (row + u) * 8, warp);
                 load_right(gradient, grads, (row + u) * 8, warp);
                 biases.enter();
-                const float2 from = *reinterpret_cast<const float2*>(start + at);
-                const float2 less = *reinterpret_cast<const float2*>(delta + at);
+                float from[4], less[4];
+                load_pairs(from, start + at, start + at);
+                load_pairs(less, delta + at, delta + at);
                 int2 region;
                 if (MASKED) region = *reinterpret_cast<const int2*>(query_regions + at);
 #pragma unroll
                 for (int m = 0; m < MT; ++m) {
-                    float c[4] = {from.x, from.y, from.x, from.y};
-                    float d[4] = {less.x, less.y, less.x, less.y};
-                    multiply<T>(c, keys[m][0], query[0], query[1], c);
-                    multiply<T>(d, values[m][0], gradient[0], gradient[1], d);
+                    float c[4], d[4];
+                    multiply<T>(c, keys[m][0], query[0], query[1], from);
+                    multiply<T>(d, values[m][0], gradient[0], gradient[1], less);
                     multiply<T>(c, keys[m][1], query[2], query[3], c);
                     multiply<T>(d, values[m][1], gradient[2], gradient[3], d);
 #pragma unroll

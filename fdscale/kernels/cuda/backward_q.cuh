@@ -9,19 +9,21 @@
 
 template <int PW, int Q>
 struct BackwardQMemory : Memory {
-    int keys, values, queries, grads, regions, inverse, delta, table, cells, tiles, scratch;
+    int keys, values, queries, grads, regions, inverse, delta, start, less, table, cells, tiles, scratch;
     __host__ __device__ BackwardQMemory(const Problem& p) {
-        const int column = p.walked * 8 * ROW_BYTES, tile = Q * 8;
-        keys = take(2 * column);
-        values = take(2 * column);
+        const int chunk = p.chunk * 8 * ROW_BYTES, tile = Q * 8;
+        keys = take(2 * chunk);
+        values = take(2 * chunk);
         queries = take(p.warps * tile * ROW_BYTES);
         grads = take(p.warps * tile * ROW_BYTES);
-        regions = take(p.walked * 8 * 4);
+        regions = take(p.chunk * 8 * 4);
         inverse = take(p.warps * tile * 4);
         delta = take(p.warps * tile * 4);
+        start = take(p.warps * tile * 8);
+        less = take(p.warps * tile * 8);
         table = take(TablePart<PW>(p, 0, true).cells() * 4);
         cells = take(p.warps * Sums<PW, Q>::cells_of(p) * 4);
-        tiles = take(p.warps * 128 * 4);
+        tiles = take(p.warps * 2 * Sums<PW, Q>::TILE * 4);
         scratch = take(2 * MAX_WARPS * 4);
     }
 };
@@ -104,22 +106,27 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
     const Warp warp;
     const Tile<Q> tile(p, warp);
     const int head = blockIdx.y, slots = p.columns * p.rows * 8, width = p.heads * HEAD;
-    const int column_slots = p.walked * 8, column_bytes = column_slots * ROW_BYTES, mine = warp.index * Q * 8;
+    const int chunk_slots = p.chunk * 8, chunk_bytes = chunk_slots * ROW_BYTES, mine = warp.index * Q * 8;
     float* table = reinterpret_cast<float*>(shared + memory.table);
     int* key_regions = reinterpret_cast<int*>(shared + memory.regions);
     unsigned char* own_queries = shared + memory.queries + mine * ROW_BYTES;
     unsigned char* own_grads = shared + memory.grads + mine * ROW_BYTES;
     float* own_inverse = reinterpret_cast<float*>(shared + memory.inverse) + mine;
     float* own_delta = reinterpret_cast<float*>(shared + memory.delta) + mine;
+    float2* own_start = reinterpret_cast<float2*>(shared + memory.start) + mine;
+    float2* own_less = reinterpret_cast<float2*>(shared + memory.less) + mine;
     float* all_cells = reinterpret_cast<float*>(shared + memory.cells);
     float* scratch = reinterpret_cast<float*>(shared + memory.scratch);
 
     const TablePart<PW> part(p, blockIdx.z * p.warps / p.columns * Q, true);
     load_table(table, part, p, head, scratch);
+    float* all_tiles = reinterpret_cast<float*>(shared + memory.tiles);
     for (int i = threadIdx.x; i < p.warps * Sums<PW, Q>::cells_of(p); i += blockDim.x) all_cells[i] = 0.f;
+    for (int i = threadIdx.x; i < p.warps * 2 * Sums<PW, Q>::TILE; i += blockDim.x) all_tiles[i] = 0.f;
     Sums<PW, Q> sums(p, all_cells + warp.index * Sums<PW, Q>::cells_of(p),
-                     reinterpret_cast<float*>(shared + memory.tiles) + warp.index * 128);
+                     all_tiles + warp.index * 2 * Sums<PW, Q>::TILE);
     const float natural = exp2_of(fminf(p.logit_scale[head], LARGEST_SCALE) * LOG2E), scale = natural * LOG2E;
+    const uint32_t ones = T::pack(1.f, 1.f);
     float by_scale = 0.f;
 
     const int share = (p.count + p.shares - 1) / p.shares, end = min(p.count, ((int)blockIdx.x + 1) * share);
@@ -128,11 +135,11 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
         const int* regions = p.regions + (size_t)(n % p.windows) * slots;
         const size_t base = (size_t)(n / p.windows) * p.size, row_base = ((size_t)n * p.heads + head) * p.window_rows * p.window_columns;
         const uint16_t* qkv = static_cast<const uint16_t*>(p.qkv) + base * 3 * width + head * HEAD;
-        const auto begin_column = [&](int column) {
-            const int at = (column & 1) * column_bytes;
-            const int* theirs = tokens + column * p.rows * 8;
-            begin_rows(shared + memory.keys + at, qkv + width, theirs, column_slots, 3 * width, threadIdx.x, blockDim.x);
-            begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, column_slots, 3 * width, threadIdx.x, blockDim.x);
+        const auto begin_chunk = [&](const Chunk& chunk) {
+            const int at = chunk.parity * chunk_bytes;
+            const int* theirs = tokens + chunk.slot;
+            begin_rows(shared + memory.keys + at, qkv + width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
+            begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
         };
         sync_block();  // the window before is no longer read
         if (tile.there) {
@@ -140,27 +147,28 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
             begin_rows(own_queries, qkv, tokens + tile.slot, Q * 8, 3 * width, warp.lane, 32);
             begin_rows(own_grads, grad, tokens + tile.slot, Q * 8, width, warp.lane, 32);
         }
-        begin_column(0);
+        begin_chunk(Chunk(p, 0));
 
         uint32_t queries[MT][2][4], grads[MT][2][4];
-        float start[Q], delta[Q], d_query[MT][4][4];
-        float missing[Q] = {}, average[Q] = {};  // of a row: the sum of its scores' gradients, of weight times cosine
+        float d_query[MT][4][4];
+        float missing[MT][4] = {}, average[Q] = {};  // of a row: the sum of its scores' gradients, of weight times cosine
         int query_region[Q] = {};
         for (int m = 0; m < MT; ++m)
             for (int j = 0; j < 4; ++j)
                 for (int e = 0; e < 4; ++e) d_query[m][j][e] = 0.f;
 
-        for (int column = 0; column < p.columns; ++column) {
-            unsigned char* keys = shared + memory.keys + (column & 1) * column_bytes;
-            unsigned char* values = shared + memory.values + (column & 1) * column_bytes;
+        for (int index = 0; index < Chunk::count(p); ++index) {
+        const Chunk chunk(p, index);
+            unsigned char* keys = shared + memory.keys + chunk.parity * chunk_bytes;
+            unsigned char* values = shared + memory.values + chunk.parity * chunk_bytes;
             wait_for_copies();
             sync_block();
-            if (column + 1 < p.columns) begin_column(column + 1);
-            normalise<T>(keys, column_slots, nullptr, threadIdx.x, blockDim.x);
+            if (index + 1 < Chunk::count(p)) begin_chunk(Chunk(p, index + 1));
+            normalise<T>(keys, chunk_slots, nullptr, threadIdx.x, blockDim.x);
             if (MASKED)
-                for (int i = threadIdx.x; i < column_slots; i += blockDim.x)
-                    key_regions[i] = regions[column * p.rows * 8 + i];
-            if (column == 0 && tile.there) {
+                for (int i = threadIdx.x; i < chunk_slots; i += blockDim.x)
+                    key_regions[i] = regions[chunk.slot + i];
+            if (index == 0 && tile.there) {
                 const uint16_t* out = static_cast<const uint16_t*>(p.out) + base * width + head * HEAD;
                 normalise<T>(own_queries, Q * 8, own_inverse, warp.lane, 32);
                 begin_delta<T>(own_delta, own_grads, out, tokens + tile.slot, Q * 8, width, warp);
@@ -170,21 +178,23 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
                     load_left(grads[m], own_grads, m * 16, warp);
                 }
                 for (int m = 0; m < Q; ++m) {
-                    const int slot = tile.slot + m * 8 + warp.g;
-                    const int place = place_of<PW>(p, tile.column, (tile.row + m) * 8 + warp.g);
-                    if (MASKED) query_region[m] = regions[slot];
-                    delta[m] = own_delta[m * 8 + warp.g];
+                    const int row = m * 8 + warp.g, place = place_of<PW>(p, tile.column, tile.row, row);
+                    if (MASKED) query_region[m] = regions[tile.slot + row];
                     // Queries without a token have no weights.
-                    start[m] = tokens[slot] < 0 ? -INFINITY : -p.lse[row_base + place] / scale;
+                    const float from = tokens[tile.slot + row] < 0 ? -INFINITY : -p.lse[row_base + place] / scale;
+                    if (warp.t == 0) {
+                        own_start[row] = {from, from};
+                        own_less[row] = {-own_delta[row], -own_delta[row]};
+                    }
                 }
             }
             sync_block();
             if (!tile.there) continue;
 
-            Biases<PW, Q, true> biases(table, part, tile.row, tile.column, column, warp);
-            sums.begin(p, column);
+            Biases<PW, Q, true> biases(table, part, tile.row, tile.column, chunk, warp);
+            if (chunk.row == 0) sums.begin(p, chunk.column);
 #pragma unroll 1
-            for (int row = 0; row < p.walked; row += 2) {
+            for (int row = 0; row < p.chunk; row += 2) {
                 uint32_t by_score[MT][4];
                 float2 left[2];
 #pragma unroll
@@ -197,10 +207,11 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
                     if (MASKED) region = *reinterpret_cast<const int2*>(key_regions + (row + u) * 8 + 2 * warp.t);
 #pragma unroll
                     for (int m = 0; m < MT; ++m) {
-                        float c[4] = {start[2 * m], start[2 * m], start[2 * m + 1], start[2 * m + 1]};
-                        float d[4] = {-delta[2 * m], -delta[2 * m], -delta[2 * m + 1], -delta[2 * m + 1]};
-                        multiply<T>(c, queries[m][0], key[0], key[1], c);
-                        multiply<T>(d, grads[m][0], value[0], value[1], d);
+                        float c[4], d[4], from[4], less[4];
+                        load_pairs(from, own_start + m * 16 + warp.g, own_start + m * 16 + 8 + warp.g);
+                        load_pairs(less, own_less + m * 16 + warp.g, own_less + m * 16 + 8 + warp.g);
+                        multiply<T>(c, queries[m][0], key[0], key[1], from);
+                        multiply<T>(d, grads[m][0], value[0], value[1], less);
                         multiply<T>(c, queries[m][1], key[2], key[3], c);
                         multiply<T>(d, grads[m][1], value[2], value[3], d);
 #pragma unroll
@@ -213,7 +224,6 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
                             }
                             const float p0 = exp2_of(s0), p1 = exp2_of(s1);
                             const float ds0 = p0 * d[2 * half], ds1 = p1 * d[2 * half + 1];
-                            missing[2 * m + half] += ds0 + ds1;
                             average[2 * m + half] = fmaf(p0, c[2 * half], fmaf(p1, c[2 * half + 1], average[2 * m + half]));
                             sums.of[2 * m + half].x += ds0;
                             sums.of[2 * m + half].y += ds1;
@@ -226,10 +236,13 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
                 uint32_t low[4], high[4];
                 load_rows_right(low, high, keys, row * 8, warp);
 #pragma unroll
-                for (int m = 0; m < MT; ++m) add_product<T>(d_query[m], by_score[m], low, high);
+                for (int m = 0; m < MT; ++m) {
+                    add_product<T>(d_query[m], by_score[m], low, high);
+                    multiply<T>(missing[m], by_score[m], ones, ones, missing[m]);  // rounded as in d_query
+                }
                 sums.put(left[0], left[1], warp);
             }
-            sums.end(warp);
+            if (chunk.row + p.chunk == p.walked) sums.end(warp);
         }
         if (!tile.there) continue;
         for (int m = 0; m < MT; ++m) {
@@ -238,11 +251,11 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
             project<T>(d_query[m], queries[m], natural, inverse, along);
             for (int half = 0; half < 2; ++half) {
                 const int row = m * 16 + half * 8 + warp.g;
-                const int place = place_of<PW>(p, tile.column, tile.row * 8 + row);
-                const float less = sum_of_quad(missing[2 * m + half]);
-                const float cosine = sum_of_quad(average[2 * m + half]) - start[2 * m + half];
+                const int place = place_of<PW>(p, tile.column, tile.row, row);
+                const float less = missing[m][2 * half];
+                const float cosine = sum_of_quad(average[2 * m + half]) - own_start[row].x;
                 if (warp.t != 0 || tokens[tile.slot + row] < 0) continue;
-                p.delta[row_base + place] = delta[2 * m + half] + less;
+                p.delta[row_base + place] = own_delta[row] + less;
                 by_scale += along[half] - natural * less * cosine;
             }
             put_rows<T>(own_queries, m * 16, d_query[m], 1.f, 1.f, warp);

@@ -42,7 +42,7 @@ INLINE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 template <>
 INLINE void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
@@ -51,7 +51,7 @@ INLINE void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b
 
 template <>
 INLINE void multiply<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
@@ -83,6 +83,13 @@ INLINE void copy16(void* shared, const void* global, bool there) {
 
 // Wait for all copies that this thread has begun.
 INLINE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Two numbers of shared memory, loaded even if they are at hand.
+INLINE float2 load_anew(const void* from) {
+    float2 x;
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared_address(from)) : "memory");
+    return x;
+}
 
 INLINE float exp2_of(float x) {
     float y;

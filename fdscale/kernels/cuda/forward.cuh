@@ -15,11 +15,11 @@ template <int PW, int Q>
 struct ForwardMemory : Memory {
     int keys, values, queries, regions, table, scratch;
     __host__ __device__ ForwardMemory(const Problem& p) {
-        const int column = p.walked * 8 * ROW_BYTES;
-        keys = take(2 * column);
-        values = take(2 * column);
+        const int chunk = p.chunk * 8 * ROW_BYTES;
+        keys = take(2 * chunk);
+        values = take(2 * chunk);
         queries = take(p.warps * Q * 8 * ROW_BYTES);
-        regions = take(p.walked * 8 * 4);
+        regions = take(p.chunk * 8 * 4);
         table = take(TablePart<PW>(p, 0, true).cells() * 4);
         scratch = take(2 * MAX_WARPS * 4);
     }
@@ -29,14 +29,13 @@ struct ForwardMemory : Memory {
 template <int MT>
 struct Softmax {
     static constexpr int Q = 2 * MT;
-    float start[Q], total[Q], out[MT][4][4];  // start: minus what is subtracted from scores, divided by the scale
+    float start[Q] = {}, total[Q] = {}, out[MT][4][4] = {};  // start: minus what is subtracted, divided by the scale
     float scale;
-    bool moves;  // whether what is subtracted follows the scores
 
-    // Scores of two key patches of 16 rows, less the top of their rows, to 16 x 16 weights.
-    template <class T>
+    // Scores of two key patches of 16 rows, less what is subtracted from them, to 16 x 16 weights.
+    template <class T, bool MOVES>
     INLINE void weigh(uint32_t (&weights)[4], float (&s)[2][4], int m, bool first) {
-        if (moves) {
+        if (MOVES) {
             const float upper = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[1][0], s[1][1]));
             const float lower = fmaxf(fmaxf(s[0][2], s[0][3]), fmaxf(s[1][2], s[1][3]));
             if (any_lane(first || fmaxf(upper, lower) > EXCESS)) {
@@ -83,43 +82,40 @@ KERNEL(MAX_WARPS * 32) forward_kernel(const Problem p) {
     float* table = reinterpret_cast<float*>(shared + memory.table);
     int* key_regions = reinterpret_cast<int*>(shared + memory.regions);
     unsigned char* mine = shared + memory.queries + warp.index * Q * 8 * ROW_BYTES;
-    const int column_slots = p.walked * 8, column_bytes = column_slots * ROW_BYTES;
+    const int chunk_slots = p.chunk * 8, chunk_bytes = chunk_slots * ROW_BYTES;
 
-    const auto begin_column = [&](int column) {
-        const int at = (column & 1) * column_bytes;
-        const int* theirs = tokens + column * p.rows * 8;
-        begin_rows(shared + memory.keys + at, qkv + width, theirs, column_slots, 3 * width, threadIdx.x, blockDim.x);
-        begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, column_slots, 3 * width, threadIdx.x, blockDim.x);
+    const auto begin_chunk = [&](const Chunk& chunk) {
+        const int at = chunk.parity * chunk_bytes;
+        const int* theirs = tokens + chunk.slot;
+        begin_rows(shared + memory.keys + at, qkv + width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
+        begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
     };
     if (tile.there) begin_rows(mine, qkv, tokens + tile.slot, Q * 8, 3 * width, warp.lane, 32);
-    begin_column(0);
+    begin_chunk(Chunk(p, 0));
 
     const TablePart<PW> part(p, blockIdx.z * p.warps / p.columns * Q, true);
     const float2 bounds = load_table(table, part, p, head, reinterpret_cast<float*>(shared + memory.scratch));
     Softmax<MT> softmax;
     softmax.scale = exp2_of(fminf(p.logit_scale[head], LARGEST_SCALE) * LOG2E) * LOG2E;
-    softmax.moves = T::small_exponent || 2.f * softmax.scale + bounds.x - bounds.y > EXPRESSIBLE;
+    const bool moves = T::small_exponent || 2.f * softmax.scale + bounds.x - bounds.y > EXPRESSIBLE;
+    const float bound = moves ? 0.f : 1.01f * softmax.scale + bounds.x;  // rounded rows may be longer than 1
+    for (int i = threadIdx.x; i < part.cells(); i += blockDim.x) table[i] -= bound;
     uint32_t queries[MT][2][4];
     int query_region[Q] = {};
-    for (int m = 0; m < Q; ++m) {
-        softmax.start[m] = softmax.moves ? 0.f : -1.01f - bounds.x / softmax.scale;  // rounded rows may be longer than 1
-        softmax.total[m] = 0.f;
-        if (MASKED && tile.there) query_region[m] = regions[tile.slot + m * 8 + warp.g];
-    }
-    for (int m = 0; m < MT; ++m)
-        for (int j = 0; j < 4; ++j)
-            for (int e = 0; e < 4; ++e) softmax.out[m][j][e] = 0.f;
+    if (MASKED && tile.there)
+        for (int m = 0; m < Q; ++m) query_region[m] = regions[tile.slot + m * 8 + warp.g];
 
-    for (int column = 0; column < p.columns; ++column) {
-        unsigned char* keys = shared + memory.keys + (column & 1) * column_bytes;
-        unsigned char* values = shared + memory.values + (column & 1) * column_bytes;
+    for (int index = 0; index < Chunk::count(p); ++index) {
+        const Chunk chunk(p, index);
+        unsigned char* keys = shared + memory.keys + chunk.parity * chunk_bytes;
+        unsigned char* values = shared + memory.values + chunk.parity * chunk_bytes;
         wait_for_copies();
         sync_block();  // all is there, and the other column is no longer read
-        if (column + 1 < p.columns) begin_column(column + 1);
-        normalise<T>(keys, column_slots, nullptr, threadIdx.x, blockDim.x);
+        if (index + 1 < Chunk::count(p)) begin_chunk(Chunk(p, index + 1));
+        normalise<T>(keys, chunk_slots, nullptr, threadIdx.x, blockDim.x);
         if (MASKED)
-            for (int i = threadIdx.x; i < column_slots; i += blockDim.x) key_regions[i] = regions[column * p.rows * 8 + i];
-        if (column == 0 && tile.there) {
+            for (int i = threadIdx.x; i < chunk_slots; i += blockDim.x) key_regions[i] = regions[chunk.slot + i];
+        if (index == 0 && tile.there) {
             normalise<T>(mine, Q * 8, nullptr, warp.lane, 32);
             sync_warp();
             for (int m = 0; m < MT; ++m) load_left(queries[m], mine, m * 16, warp);
@@ -127,55 +123,63 @@ KERNEL(MAX_WARPS * 32) forward_kernel(const Problem p) {
         sync_block();
         if (!tile.there) continue;
 
-        Biases<PW, Q, true> biases(table, part, tile.row, tile.column, column, warp);
+        const auto walk = [&](auto constant) {
+            constexpr bool MOVES = decltype(constant)::value;
+            Biases<PW, Q, true> biases(table, part, tile.row, tile.column, chunk, warp);
 #pragma unroll 2
-        for (int row = 0; row < p.walked; row += 2) {
-            float s[MT][2][4];
+            for (int row = 0; row < p.chunk; row += 2) {
+                float s[MT][2][4];
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                uint32_t key[4];
-                load_right(key, keys, (row + u) * 8, warp);
-                biases.enter();
-                int2 region;
-                if (MASKED) region = *reinterpret_cast<const int2*>(key_regions + (row + u) * 8 + 2 * warp.t);
+                for (int u = 0; u < 2; ++u) {
+                    uint32_t key[4];
+                    load_right(key, keys, (row + u) * 8, warp);
+                    biases.enter();
+                    int2 region;
+                    if (MASKED) region = *reinterpret_cast<const int2*>(key_regions + (row + u) * 8 + 2 * warp.t);
+#pragma unroll
+                    for (int m = 0; m < MT; ++m) {
+                        const float upper = MOVES ? softmax.start[2 * m] : 0.f, lower = MOVES ? softmax.start[2 * m + 1] : 0.f;
+                        float c[4] = {upper, upper, lower, lower};
+                        multiply<T>(c, queries[m][0], key[0], key[1], c);
+                        multiply<T>(c, queries[m][1], key[2], key[3], c);
+#pragma unroll
+                        for (int half = 0; half < 2; ++half) {
+                            const float2 bias = biases.of[2 * m + half];
+                            float *const to = s[m][u] + 2 * half;
+                            to[0] = fmaf(c[2 * half], softmax.scale, bias.x);
+                            to[1] = fmaf(c[2 * half + 1], softmax.scale, bias.y);
+                            if (MASKED) {
+                                to[0] += mask_of(p, query_region[2 * m + half], region.x);
+                                to[1] += mask_of(p, query_region[2 * m + half], region.y);
+                            }
+                        }
+                    }
+                    biases.leave();
+                }
+                uint32_t low[4], high[4];
+                load_rows_right(low, high, values, row * 8, warp);
 #pragma unroll
                 for (int m = 0; m < MT; ++m) {
-                    const float upper = softmax.start[2 * m], lower = softmax.start[2 * m + 1];
-                    float c[4] = {upper, upper, lower, lower};
-                    multiply<T>(c, queries[m][0], key[0], key[1], c);
-                    multiply<T>(c, queries[m][1], key[2], key[3], c);
-                    s[m][u][0] = fmaf(c[0], softmax.scale, biases.of[2 * m].x);
-                    s[m][u][1] = fmaf(c[1], softmax.scale, biases.of[2 * m].y);
-                    s[m][u][2] = fmaf(c[2], softmax.scale, biases.of[2 * m + 1].x);
-                    s[m][u][3] = fmaf(c[3], softmax.scale, biases.of[2 * m + 1].y);
-                    if (MASKED) {
-                        s[m][u][0] += mask_of(p, query_region[2 * m], region.x);
-                        s[m][u][1] += mask_of(p, query_region[2 * m], region.y);
-                        s[m][u][2] += mask_of(p, query_region[2 * m + 1], region.x);
-                        s[m][u][3] += mask_of(p, query_region[2 * m + 1], region.y);
-                    }
+                    uint32_t weights[4];
+                    softmax.template weigh<T, MOVES>(weights, s[m], m, index == 0 && row == 0);
+                    add_product<T>(softmax.out[m], weights, low, high);
                 }
-                biases.leave();
             }
-            uint32_t low[4], high[4];
-            load_rows_right(low, high, values, row * 8, warp);
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-                uint32_t weights[4];
-                softmax.template weigh<T>(weights, s[m], m, column == 0 && row == 0);
-                add_product<T>(softmax.out[m], weights, low, high);
-            }
-        }
+        };
+        if (moves)
+            walk(Constant<true>());
+        else if (!T::small_exponent)
+            walk(Constant<false>());
     }
     if (!tile.there) return;
     float inverse[Q];
     for (int m = 0; m < Q; ++m) {
         const float total = sum_of_quad(softmax.total[m]);
         inverse[m] = 1.f / total;
-        const int place = place_of<PW>(p, tile.column, (tile.row + m) * 8 + warp.g);
+        const int place = place_of<PW>(p, tile.column, tile.row + m, warp.g);
         if (warp.t == 0 && place >= 0)
             p.lse[((size_t)n * p.heads + head) * p.window_rows * p.window_columns + place] =
-                log2_of(total) - softmax.start[m] * softmax.scale;
+                log2_of(total) + bound - softmax.start[m] * softmax.scale;
     }
     for (int m = 0; m < MT; ++m) put_rows<T>(mine, m * 16, softmax.out[m], inverse[2 * m], inverse[2 * m + 1], warp);
     sync_warp();

@@ -37,7 +37,8 @@ struct Problem {  // as `Problem` of compiled.py
     float* d_scale;            // as logit_scale
     float masked;              // added between regions
     int size, heads, windows, count;  // tokens of a map; windows of an image, and of all
-    int window_rows, window_columns, columns, rows, walked;  // walked: patch rows with tokens, made even
+    int window_rows, window_columns, columns, rows, walked;  // walked: patch rows with tokens, in whole chunks
+    int chunk;                  // patch rows of a column that are in shared memory at a time, even
     int warps, groups, shares;  // of a block; blocks of all tiles of a window; and of all windows, in the backward for q
     int block_rows;             // patch rows that the tiles of a block span, at most
     void* stream;
@@ -97,19 +98,21 @@ INLINE void normalise(unsigned char* rows, int count, float* inverse, int first,
     }
 }
 
+// Below, `first` is a multiple of 8, so that chunks of rows from there on lie as those of rows from 0 on.
+
 // 16 rows from `first` on, as the left side of a product: two fragments of 16 channels.
 INLINE void load_left(uint32_t (&fragments)[2][4], unsigned char* rows, int first, const Warp& warp) {
-    const int row = first + (warp.lane & 15);
-    load_tiles(fragments[0], chunk_at(rows, row, warp.lane >> 4));
-    load_tiles(fragments[1], chunk_at(rows, row, 2 + (warp.lane >> 4)));
+    rows += first * ROW_BYTES;
+    load_tiles(fragments[0], chunk_at(rows, warp.lane & 15, warp.lane >> 4));
+    load_tiles(fragments[1], chunk_at(rows, warp.lane & 15, 2 + (warp.lane >> 4)));
 }
 
-// 8 rows as the right side, transposed: words 0, 1 are channels 0..15, words 2, 3 are 16..31.
+// 8 rows as columns of the right side: words 0, 1 are channels 0..15, words 2, 3 are 16..31.
 INLINE void load_right(uint32_t (&words)[4], unsigned char* rows, int first, const Warp& warp) {
-    load_tiles(words, chunk_at(rows, first + (warp.lane & 7), warp.lane >> 3));
+    load_tiles(words, chunk_at(rows + first * ROW_BYTES, warp.lane & 7, warp.lane >> 3));
 }
 
-// d += a x, where x are 16 rows from `first` on: 32 channels in four fragments.
+// d += a x, where x are 16 rows, transposed as load_rows_right does: 32 channels in four fragments.
 template <class T>
 INLINE void add_product(float (&d)[4][4], const uint32_t (&a)[4], const uint32_t (&low)[4], const uint32_t (&high)[4]) {
     multiply<T>(d[0], a, low[0], low[1], d[0]);
@@ -118,10 +121,11 @@ INLINE void add_product(float (&d)[4][4], const uint32_t (&a)[4], const uint32_t
     multiply<T>(d[3], a, high[2], high[3], d[3]);
 }
 
+// 16 rows as rows of the right side: words 0, 1 of `low` are columns 0..7, and so on.
 INLINE void load_rows_right(uint32_t (&low)[4], uint32_t (&high)[4], unsigned char* rows, int first, const Warp& warp) {
-    const int row = first + (warp.lane & 15);
-    load_tiles_transposed(low, chunk_at(rows, row, warp.lane >> 4));
-    load_tiles_transposed(high, chunk_at(rows, row, 2 + (warp.lane >> 4)));
+    rows += first * ROW_BYTES;
+    load_tiles_transposed(low, chunk_at(rows, warp.lane & 15, warp.lane >> 4));
+    load_tiles_transposed(high, chunk_at(rows, warp.lane & 15, 2 + (warp.lane >> 4)));
 }
 
 // Fragments of 16 rows, times a factor for row g and one for row g + 8, to rows in shared memory.
@@ -144,6 +148,19 @@ INLINE void store_rows(void* to, unsigned char* rows, const int* tokens, int cou
         *reinterpret_cast<uint4*>(at) = *reinterpret_cast<const uint4*>(chunk_at(rows, row, chunk));
     }
 }
+
+// The piece of a column that a block walks over at a time.
+struct Chunk {
+    int column, row, slot, parity;  // row: its first patch row
+    INLINE Chunk(const Problem& p, int index) {
+        const int parts = p.walked / p.chunk;
+        column = index / parts;
+        row = index % parts * p.chunk;
+        slot = (column * p.rows + row) * 8;
+        parity = index & 1;
+    }
+    static INLINE int count(const Problem& p) { return p.columns * (p.walked / p.chunk); }
+};
 
 // A warp's tile: Q patches below one another from (column, row) on.
 template <int Q>
@@ -209,11 +226,10 @@ INLINE float2 load_table(float* to, const TablePart<PW>& part, const Problem& p,
     return {most, least};
 }
 
-// The place of a slot of a column in the window, or -1.
+// The place in the window of the slot `i` after the beginning of patch row `row` of a column, or -1.
 template <int PW>
-INLINE int place_of(const Problem& p, int column, int row_slot) {
-    const int token = row_slot & 7;
-    const int y = (row_slot >> 3) * (8 / PW) + token / PW, x = column * PW + token % PW;
+INLINE int place_of(const Problem& p, int column, int row, int i) {
+    const int token = i & 7, y = (row + (i >> 3)) * (8 / PW) + token / PW, x = column * PW + token % PW;
     return y < p.window_rows && x < p.window_columns ? y * p.window_columns + x : -1;
 }
 

@@ -3,6 +3,18 @@
 
 #include "problem.cuh"
 
+template <bool VALUE>
+struct Constant {
+    static constexpr bool value = VALUE;
+};
+
+// Four numbers to begin a product with. From memory, equal ones too, since copies would be made again for each product.
+template <class Pair>
+INLINE void load_pairs(float (&to)[4], const Pair* first, const Pair* second) {
+    const float2 one = load_anew(first), other = load_anew(second);
+    to[0] = one.x, to[1] = one.y, to[2] = other.x, to[3] = other.y;
+}
+
 // Biases of Q held patches against the patch at hand. QUERIES: the held ones are queries, else keys.
 template <int PW, int Q, bool QUERIES>
 struct Biases {
@@ -11,11 +23,11 @@ struct Biases {
     int step, pitch;
     float2 of[Q];
 
-    INLINE Biases(const float* table, const TablePart<PW>& part, int held_row, int held_column, int column,
+    INLINE Biases(const float* table, const TablePart<PW>& part, int held_row, int held_column, const Chunk& chunk,
                   const Warp& warp) {
         // In the tile of two patches the held side's token is g, the other's 2t and 2t + 1.
         const int y = warp.g / PW - 2 * warp.t / PW, x = warp.g % PW - 2 * warp.t % PW;
-        const int down = held_row * PH + y, across = (held_column - column) * PW + x;
+        const int down = (held_row - chunk.row) * PH + y, across = (held_column - chunk.column) * PW + x;
         pitch = part.pitch;
         step = QUERIES ? -PH * pitch : PH * pitch;
         at = table + (QUERIES ? part.center(down) + across : part.center(-down) - across);
@@ -36,21 +48,26 @@ struct Biases {
 // Sums of the scores' gradients of Q held query patches, by displacement, added to a warp's own part of the table.
 //
 // A sum that no held patch will add to any more leaves: its 8 x 8 tile goes through shared memory, where a lane adds up
-// what belongs to one cell of the table. Two leave at a time.
+// what belongs to one cell of the table. The tile lies there among zeros, so that the lane reads 8 numbers, whether or not
+// so many pairs of tokens are so far apart. Two leave at a time.
 template <int PW, int Q>
 struct Sums {
     static constexpr int PH = 8 / PW;
     static constexpr int CELLS = (2 * PW - 1) * (2 * PH - 1);  // of a displacement of patches
+    static constexpr int LINE = 3 * PW - 2;                    // query tokens beside each other, zeros included
+    static constexpr int STRIDE = 10;                          // of a query token: 8 keys, and other banks for the next
+    static constexpr int TILE = (3 * PH - 2) * LINE * STRIDE;
     float2 of[Q];
-    float* cells;    // (rows, pitch)
-    float* scratch;  // two tiles
+    float* cells;  // (rows, pitch)
+    float* tiles;  // two
     int pitch, across, row;
 
     static __host__ __device__ int rows(const Problem& p) { return (p.walked + Q + 1) * PH - 1; }
     static __host__ __device__ int columns(const Problem& p) { return p.columns * PW + PW - 1; }
     static __host__ __device__ int cells_of(const Problem& p) { return rows(p) * columns(p); }
 
-    INLINE Sums(const Problem& p, float* cells_, float* scratch_) : cells(cells_), scratch(scratch_) {
+    // Cells and tiles are zeros.
+    INLINE Sums(const Problem& p, float* cells_, float* tiles_) : cells(cells_), tiles(tiles_) {
         pitch = columns(p);
 #pragma unroll
         for (int m = 0; m < Q; ++m) of[m] = {0.f, 0.f};
@@ -62,24 +79,24 @@ struct Sums {
     }
     // Of two steps, what left in the first and what left in the second.
     INLINE void put(float2 first, float2 second, const Warp& warp) {
-        reinterpret_cast<float2*>(scratch)[warp.g * 4 + warp.t] = first;
-        reinterpret_cast<float2*>(scratch)[32 + warp.g * 4 + warp.t] = second;
+        const int line = (warp.g / PW + PH - 1) * LINE + warp.g % PW + PW - 1;
+        float2* at = reinterpret_cast<float2*>(tiles + line * STRIDE + 2 * warp.t);
+        at[0] = first;
+        at[TILE / 2] = second;
         sync_warp();
         // Where patches are two high, the two share cells: one after the other.
         constexpr int at_once = PH == 1 ? 2 : 1;
         static_assert(at_once * CELLS <= 32);
+#pragma unroll
         for (int turn = 0; turn < 2; turn += at_once) {
             if (warp.lane < at_once * CELLS) {
                 const int which = turn + warp.lane / CELLS, cell = warp.lane % CELLS;
-                const int y = cell / (2 * PW - 1) - (PH - 1), x = cell % (2 * PW - 1) - (PW - 1);
+                const int y = cell / (2 * PW - 1), x = cell % (2 * PW - 1);  // displacement + PH - 1, + PW - 1
+                const float* from = tiles + which * TILE + (y * LINE + x) * STRIDE;
                 float sum = 0.f;
 #pragma unroll
-                for (int key = 0; key < 8; ++key) {
-                    const int query_y = key / PW + y, query_x = key % PW + x;
-                    if (query_y >= 0 && query_y < PH && query_x >= 0 && query_x < PW)
-                        sum += scratch[which * 64 + (query_y * PW + query_x) * 8 + key];
-                }
-                cells[(row - which * PH + y) * pitch + across + x] += sum;
+                for (int key = 0; key < 8; ++key) sum += from[(key / PW * LINE + key % PW) * STRIDE + key];
+                cells[(row - which * PH + y - (PH - 1)) * pitch + across + x - (PW - 1)] += sum;
             }
             sync_warp();
         }

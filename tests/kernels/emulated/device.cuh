@@ -279,6 +279,8 @@ inline void wait_for_copies() {
     emulator::now->copies.clear();
 }
 
+inline float2 load_anew(const void* from) { return *static_cast<const float2*>(from); }
+
 inline float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? 0.f : x; }
 inline float exp2_of(float x) { return flushed(std::exp2(flushed(x))); }
 inline float log2_of(float x) { return std::log2(x); }

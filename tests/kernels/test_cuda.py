@@ -1,0 +1,190 @@
+"""The CUDA kernels: their source emulated on a CPU, and the library that nvcc makes of it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from cases import ADVERSARIAL, assert_as_exact_as_eager, gradients, leaves_of, random_inputs
+
+from fdscale import UserError
+from fdscale.bench.attention import official
+from fdscale.kernels import attention, build, compiled, reference
+from fdscale.kernels.attention import window_attention
+
+attend = partial(window_attention, by="cuda")
+pytestmark = pytest.mark.slow
+
+
+def results(function, leaves, dtype) -> list[torch.Tensor]:
+    out = function(*leaves)
+    return [out, *gradients(out, leaves, dtype)]
+
+
+def error(x: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((x.double() - exact).norm() / exact.norm()).nan_to_num(math.inf).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ADVERSARIAL)
+def test_the_error_is_at_most_one_and_a_half_times_that_of_eager_autocast(emulated, case, dtype):
+    assert_as_exact_as_eager(attend, case, dtype, wide_sums=False)
+
+
+# window, windows down and across, shift, heads, images: every window of SwinV2's published models and of larger images
+WINDOWS = [
+    *((6, 1, 1, 0, 3, 2), (7, 2, 3, 3, 2, 1), (8, 3, 2, 4, 2, 1), (12, 1, 1, 0, 2, 3), (12, 2, 2, 6, 1, 1)),
+    *((14, 1, 1, 0, 1, 1), (16, 1, 2, 0, 2, 1), (16, 2, 1, 0, 1, 1), (20, 1, 1, 0, 1, 1), (24, 1, 1, 0, 1, 1)),
+    *((32, 1, 1, 0, 1, 1), (40, 1, 1, 0, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("window", "down", "across", "shift", "heads", "batch"), WINDOWS)
+def test_every_window_equals_the_official_formula(emulated, window, down, across, shift, heads, batch, dtype):
+    """As near to it as the official code under autocast, and no number of the inputs' gradients is left out."""
+    if (window, dtype) == (40, torch.float16):
+        pytest.skip("a minute for what bfloat16 shows")
+    qkv, table, scale = random_inputs(batch, (down * window, across * window), heads, 32, window)
+    data = (qkv.to(dtype), table.float(), scale.float())
+    exact, eager, ours = leaves_of(*(x.double() for x in data)), leaves_of(*data), leaves_of(*data)
+    expected = results(lambda *x: official(*x, window, shift), exact, dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        theirs = results(lambda *x: official(*x, window, shift), eager, dtype)
+    mine = results(lambda *x: attend(*x, (window, window), (shift, shift)), ours, dtype)
+    for name, e, t, m in zip(("out", "qkv", "table"), expected, theirs, mine, strict=False):
+        assert error(m, e) <= 1.5 * error(t, e), name
+    # A sum of numbers of both signs over all windows: its error is compared where there are many (the test above).
+    assert (mine[3].double() - expected[3]).abs().max() <= 0.05 * expected[3].abs().max() + 0.5
+
+
+# map, window, shift: not square, padded, within one window, shifted along one axis
+MAPS = [
+    *(((8, 8), (4, 4), (0, 0)), ((8, 12), (4, 4), (2, 2)), ((6, 12), (2, 6), (1, 3)), ((4, 8), (4, 4), (0, 2))),
+    *(((7, 10), (4, 4), (2, 2)), ((9, 5), (4, 3), (2, 1)), ((2, 3), (4, 5), (0, 0)), ((20, 26), (12, 12), (6, 6))),
+    *(((16, 40), (16, 8), (0, 4)), ((10, 33), (5, 17), (2, 0)), ((24, 16), (12, 16), (0, 0))),
+]
+
+
+@pytest.mark.parametrize("mask", ["-100", "-inf"])
+@pytest.mark.parametrize(("size", "window", "shift"), MAPS)
+def test_every_map_equals_the_reference(emulated, size, window, shift, mask):
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, *size, 3 * 2 * 32, generator=generator).half()
+    table = 16 * torch.rand(2, 2 * window[0] - 1, 2 * window[1] - 1, generator=generator)
+    data = (qkv, table, torch.tensor([1.5, 9.0]))
+    exact, ours = leaves_of(*(x.double() for x in data)), leaves_of(*data)
+    expected = results(lambda *x: window_attention(*x, window, shift, mask=mask), exact, torch.float16)
+    mine = results(lambda *x: attend(*x, window, shift, mask=mask), ours, torch.float16)
+    for e, m in zip(expected[:3], mine[:3], strict=True):
+        assert error(m, e) <= 6e-3
+    assert mine[3][0].item() == pytest.approx(expected[3][0].item(), rel=0.02, abs=0.05)
+    assert mine[3][1] == 0  # beyond the clamp
+
+
+def test_it_repeats_to_the_bit_in_whatever_order_threads_run(emulated):
+    qkv, table, scale = random_inputs(2, (24, 24), 2, 32, 12)
+    data = (qkv.bfloat16(), table.float(), scale.float())
+    found = []
+    for seed in range(4):
+        emulated.emulator_seed(seed)
+        found.append(results(lambda *x: attend(*x, (12, 12), (6, 6)), leaves_of(*data), torch.bfloat16))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_torch_finds_no_fault_in_the_op(emulated):
+    qkv, table, scale = random_inputs(1, (16, 16), 2, 32, 8)
+    data, arguments = (qkv.bfloat16(), table.float(), scale.float()), ((8, 8), (4, 4), "-100", "cuda")
+    op = torch.ops.fdscale.window_attention.default
+    utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(op, (*leaves_of(*data), *arguments), test_utils=utils)
+    out, lse = op(*data, *arguments)
+    backward = torch.ops.fdscale.window_attention_backward.default
+    torch.library.opcheck(backward, (torch.ones_like(out), *data, out, lse, *arguments), test_utils=utils)
+
+
+def test_maps_that_do_not_begin_at_16_bytes_and_gradients_that_are_not_contiguous(emulated):
+    qkv, table, scale = random_inputs(1, (8, 8), 2, 32, 8)
+    wide = torch.zeros(qkv.numel() + 1, dtype=torch.bfloat16)
+    wide[1:] = qkv.flatten()
+    leaves = leaves_of(table.float(), scale.float())
+    maps = [wide[1:].view(qkv.shape).requires_grad_(), qkv.bfloat16().requires_grad_()]
+    assert maps[0].data_ptr() % 16
+    found = []
+    for x in maps:
+        out = attend(x, *leaves, (8, 8), (0, 0))
+        found.append(torch.autograd.grad(out, [x, *leaves], torch.ones_like(out[..., :1]).expand_as(out)))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_other_dtypes_and_heads_are_not_for_these_kernels():
+    for channels, dtype, expected in ((32, "bfloat16", True), (32, "float32", False), (44, "float16", False)):
+        qkv = torch.zeros(1, 4, 4, 3 * 2 * channels, dtype=getattr(torch, dtype))
+        assert compiled.has_kernels(qkv, 2) is expected
+
+
+def test_a_window_that_is_too_large_is_refused_by_name(emulated):
+    qkv, scale = torch.zeros(1, 8, 2000, 96).bfloat16(), torch.zeros(1)
+    with pytest.raises(UserError, match=r"window \(8, 2000\), 1 heads\): more shared memory than an A100 has"):
+        attend(qkv, torch.zeros(1, 15, 3999), scale, (8, 2000), (0, 0))
+
+
+def test_layouts_cover_a_window_with_few_empty_slots():
+    for side in (6, 7, 8, 12, 14, 16, 20, 24, 32, 40):
+        for masked in (False, True):
+            layout = compiled.layout_of((side, side), masked)
+            slots = compiled.slots_of((side, side), (side, side), (0, 0), layout, torch.device("cpu"))
+            tokens = slots.tokens[0]
+            assert sorted(tokens[tokens >= 0].tolist()) == list(range(side * side))
+            assert layout.warps * layout.groups * 2 * layout.tall == layout.columns * layout.rows
+            assert len(tokens) <= 1.8 * side * side
+            # A patch's tokens are neighbours: 8 x 1 or 4 x 2.
+            y, x = tokens.view(-1, 8) // side, tokens.view(-1, 8) % side
+            whole = (tokens.view(-1, 8) >= 0).all(1)
+            assert ((y.amax(1) - y.amin(1))[whole] == 8 // layout.patch - 1).all()
+            assert ((x.amax(1) - x.amin(1))[whole] == layout.patch - 1).all()
+
+
+def test_where_it_is_not_built_it_says_how(monkeypatch, tmp_path):
+    monkeypatch.setattr(compiled, "LIBRARY", tmp_path / "none.so")
+    with pytest.raises(UserError, match=r"memory\.kernels is cuda.*python -m fdscale\.kernels\.build.*choose auto"):
+        attention.choose("cuda", torch.device("cuda"))
+    (tmp_path / "none.so").write_text("not a library")
+    compiled.library.cache_clear()
+    with pytest.raises(UserError, match="its library cannot be loaded"):
+        attention.choose("cuda", torch.device("cuda"))
+
+
+def test_without_nvcc_the_build_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("NVCC", str(tmp_path / "nvcc"))
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="install NVIDIA's CUDA toolkit"):
+        build.build(tmp_path / "out.so")
+
+
+def test_the_library_is_built_loaded_and_says_that_there_is_no_gpu(tmp_path, monkeypatch):
+    try:
+        build.find_nvcc()
+    except SystemExit as reason:
+        pytest.skip(str(reason))
+    out = tmp_path / "library.so"
+    command = [sys.executable, "-m", "fdscale.kernels.build", "--out", str(out), "--capabilities", "80"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "compute capability 8.0" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["library.so"]
+    monkeypatch.setattr(compiled, "LIBRARY", out)
+    compiled.library.cache_clear()
+    assert compiled.cannot_run(torch.device("cpu")) == "it needs an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        qkv, table, scale = random_inputs(1, (8, 8), 1, 32, 8)
+        with pytest.raises(UserError, match=r"window attention by cuda failed .*(driver|device)"):
+            compiled.forward(qkv.bfloat16(), table.float(), scale.float(), (8, 8), (0, 0), reference.MASKED)
+    compiled.library.cache_clear()
