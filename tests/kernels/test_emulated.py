@@ -1,4 +1,4 @@
-"""What the CUDA kernels are emulated in: its layouts are those of the PTX ISA, and it finds what a wrong kernel does."""
+"""What the CUDA kernels are emulated in: its layouts are those of the PTX ISA, and it finds what is wrong with one."""
 
 from __future__ import annotations
 

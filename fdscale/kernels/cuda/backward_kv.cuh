@@ -58,7 +58,7 @@ KERNEL(MAX_WARPS * 32) backward_kv_kernel(const Problem p) {
     begin_chunk(Chunk(p, 0));
     const TablePart<PW> part(p, blockIdx.z * p.warps / p.columns * Q, false);
     load_table(table, part, p, head, reinterpret_cast<float*>(shared + memory.scratch));
-    const float natural = exp2_of(fminf(p.logit_scale[head], LARGEST_SCALE) * LOG2E), scale = natural * LOG2E;
+    const float scale = scale_of(p, head), natural = scale / LOG2E;
 
     uint32_t keys[MT][2][4], values[MT][2][4];
     float d_key[MT][4][4], d_value[MT][4][4];

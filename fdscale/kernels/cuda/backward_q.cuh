@@ -125,7 +125,7 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
     for (int i = threadIdx.x; i < p.warps * 2 * Sums<PW, Q>::TILE; i += blockDim.x) all_tiles[i] = 0.f;
     Sums<PW, Q> sums(p, all_cells + warp.index * Sums<PW, Q>::cells_of(p),
                      all_tiles + warp.index * 2 * Sums<PW, Q>::TILE);
-    const float natural = exp2_of(fminf(p.logit_scale[head], LARGEST_SCALE) * LOG2E), scale = natural * LOG2E;
+    const float scale = scale_of(p, head), natural = scale / LOG2E;
     const uint32_t ones = T::pack(1.f, 1.f);
     float by_scale = 0.f;
 

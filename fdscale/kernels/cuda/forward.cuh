@@ -96,7 +96,7 @@ KERNEL(MAX_WARPS * 32) forward_kernel(const Problem p) {
     const TablePart<PW> part(p, blockIdx.z * p.warps / p.columns * Q, true);
     const float2 bounds = load_table(table, part, p, head, reinterpret_cast<float*>(shared + memory.scratch));
     Softmax<MT> softmax;
-    softmax.scale = exp2_of(fminf(p.logit_scale[head], LARGEST_SCALE) * LOG2E) * LOG2E;
+    softmax.scale = scale_of(p, head);
     const bool moves = T::small_exponent || 2.f * softmax.scale + bounds.x - bounds.y > EXPRESSIBLE;
     const float bound = moves ? 0.f : 1.01f * softmax.scale + bounds.x;  // rounded rows may be longer than 1
     for (int i = threadIdx.x; i < part.cells(); i += blockDim.x) table[i] -= bound;

@@ -19,6 +19,7 @@ constexpr int ROW_BYTES = 64;   // of a token, in shared memory
 constexpr int MAX_WARPS = 8;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LARGEST_SCALE = 4.605170185988092f;  // ln 100, arXiv 2111.09883 section 3.2
+constexpr float SMALLEST_SCALE = 1e-6f;  // changes no weight in float32
 
 struct Problem {  // as `Problem` of compiled.py
     const void* qkv;           // (B, size, 3 h 32)
@@ -231,6 +232,11 @@ template <int PW>
 INLINE int place_of(const Problem& p, int column, int row, int i) {
     const int token = i & 7, y = (row + (i >> 3)) * (8 / PW) + token / PW, x = column * PW + token % PW;
     return y < p.window_rows && x < p.window_columns ? y * p.window_columns + x : -1;
+}
+
+// The factor of cosines, in units of log 2. Not zero, since other numbers are divided by it.
+INLINE float scale_of(const Problem& p, int head) {
+    return fmaxf(exp2_of(fminf(p.logit_scale[head], LARGEST_SCALE) * LOG2E), SMALLEST_SCALE) * LOG2E;
 }
 
 // What the mask adds to a score. Keys without a token have no weight.
