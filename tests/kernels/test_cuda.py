@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import subprocess
 import sys
@@ -148,6 +149,21 @@ def test_layouts_cover_a_window_with_few_empty_slots():
             whole = (tokens.view(-1, 8) >= 0).all(1)
             assert ((y.amax(1) - y.amin(1))[whole] == 8 // layout.patch - 1).all()
             assert ((x.amax(1) - x.amin(1))[whole] == layout.patch - 1).all()
+
+
+@pytest.mark.parametrize("side", [8, 12, 16, 20, 24, 32, 40])
+def test_the_biases_of_two_patches_depend_on_their_displacement_alone(side):
+    """What the kernels rest upon: 8 x 8 tiles of the bias matrix are equal where the patches are equally far apart."""
+    layout = compiled.layout_of((side, side), False)
+    tokens = compiled.slots_of((side, side), (side, side), (0, 0), layout, torch.device("cpu")).tokens[0]
+    cells = reference.displacements((side, side), torch.device("cpu"))
+    patches = tokens.view(layout.columns, layout.rows, 8)[:, : side * layout.patch // 8]  # those with tokens
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+    for x, y in itertools.product(range(layout.columns), range(patches.shape[1])):
+        for other_x, other_y in itertools.product(range(layout.columns), range(patches.shape[1])):
+            tile = cells[patches[x, y].long()[:, None], patches[other_x, other_y].long()]
+            assert torch.equal(seen.setdefault((x - other_x, y - other_y), tile), tile)
+    assert len(seen) == (2 * layout.columns - 1) * (2 * patches.shape[1] - 1)
 
 
 def test_where_it_is_not_built_it_says_how(monkeypatch, tmp_path):
