@@ -38,18 +38,38 @@ class Way(NamedTuple):
     note: str = ""
 
 
+class Constants(NamedTuple):
+    """What the official code keeps as buffers."""
+
+    cells: Tensor  # (N, N) int64: cell of a flattened table for query i and key j
+    regions: Tensor | None  # (w, N) see `regions`; None unless shifted
+    mask: Tensor | None  # (w, 1, N, N)
+
+
+def constants_of(qkv: Tensor, window: int, shift: int, masked: float = MASKED) -> Constants:
+    """For maps of the size of qkv."""
+    y, x = torch.meshgrid(*(torch.arange(window, device=qkv.device),) * 2, indexing="ij")
+    y, x = y.flatten(), x.flatten()
+    cells = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+    if not shift:
+        return Constants(cells, None, None)
+    cut = regions(qkv, window, shift)
+    differ = (cut[:, :, None] != cut[:, None])[:, None]
+    return Constants(cells, cut, torch.zeros((), device=qkv.device).masked_fill(differ, masked))
+
+
 def of_others(leaves: list[Tensor], window: int, shift: int, compiled: bool) -> tuple[dict[str, Way], dict[str, str]]:
     """The ways that are not ours, for one map, and why any is left out.
 
     compiled: also those that torch.compile makes, at half a minute or so each on a GPU.
     """
     gpu = leaves[0].is_cuda
-    where = (window, shift)
+    where = (window, shift, constants_of(leaves[0], window, shift))
     pinned = partial(sdpa_kernel, SDPBackend.EFFICIENT_ATTENTION) if gpu else nullcontext
     backend = backend_of(pinned(), leaves, *where)
     found = {"official": Way(_at(official, where)), "SDPA": Way(_under(pinned, _at(sdpa, where)), note=backend)}
     with torch.no_grad():
-        added = bias_and_mask(*leaves[:2], *where)
+        added = bias_and_mask(*leaves[:2], where[2])
     frozen = _at(partial(sdpa, added=added), where)
     backend = backend_of(nullcontext(), leaves, *where, added)
     found["SDPA, frozen bias"] = Way(frozen, trains=False, exact=False, note=f"a bound; {backend}")
@@ -72,9 +92,9 @@ def of_others(leaves: list[Tensor], window: int, shift: int, compiled: bool) -> 
     return found, left_out
 
 
-def _at(function: Callable[..., Tensor], where: tuple[int, int]) -> Callable[..., Tensor]:
+def _at(function: Callable[..., Tensor], where: tuple[int, int, Constants]) -> Callable[..., Tensor]:
     def attend(qkv: Tensor, table: Tensor, logit_scale: Tensor) -> Tensor:
-        return function(qkv, table, logit_scale, *where)
+        return function(qkv, table, logit_scale, *where[:2], constants=where[2])
 
     return attend
 
@@ -88,36 +108,58 @@ def _under(context: Callable[[], AbstractContextManager], attend: Callable[..., 
 
 
 def official(
-    qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int, masked: float = MASKED
+    qkv: Tensor,
+    table: Tensor,
+    logit_scale: Tensor,
+    window: int,
+    shift: int,
+    masked: float = MASKED,
+    constants: Constants | None = None,
 ) -> Tensor:
-    """Window attention as in microsoft/Swin-Transformer swin_transformer_v2.py: rolls, windows, N x N bias and mask."""
+    """Window attention as in microsoft/Swin-Transformer swin_transformer_v2.py: rolls, windows, N x N bias and mask.
+
+    constants: made anew if not given, here and below.
+    """
+    constants = constants or constants_of(qkv, window, shift, masked)
     q, k, v = to_windows(qkv, len(table), window, shift)  # B w h N d each
     logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
     logits = logits * logit_scale.view(-1, 1, 1).clamp(max=math.log(1.0 / 0.01)).exp()
-    logits = logits + bias(table, window)
-    if shift:
-        logits = logits + mask(qkv, window, shift, masked).to(logits.dtype)
+    logits = logits + bias(table, constants)
+    if constants.mask is not None:
+        logits = logits + constants.mask.to(logits.dtype)
     return from_windows(logits.softmax(-1).to(v.dtype) @ v, qkv, window, shift)
 
 
 def sdpa(
-    qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int, added: Tensor | None = None
+    qkv: Tensor,
+    table: Tensor,
+    logit_scale: Tensor,
+    window: int,
+    shift: int,
+    added: Tensor | None = None,
+    constants: Constants | None = None,
 ) -> Tensor:
     """The same by torch's scaled_dot_product_attention. added: bias and mask, if they were made before."""
     heads = len(table)
-    q, k, v, added = _sdpa_inputs(qkv, table, logit_scale, window, shift, added)
+    q, k, v, added = _sdpa_inputs(qkv, table, logit_scale, window, shift, constants, added)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=added, scale=1.0)
     return from_windows(out.unflatten(1, (-1, heads)), qkv, window, shift)
 
 
 def _sdpa_inputs(
-    qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int, added: Tensor | None
+    qkv: Tensor,
+    table: Tensor,
+    logit_scale: Tensor,
+    window: int,
+    shift: int,
+    constants: Constants | None,
+    added: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """q, k, v, (B, w h, N, d) each, and what is added to the logits, (1, w h, N, N)."""
     q, k, v = to_windows(qkv, len(table), window, shift)
     q, k = unit(q, k, v.dtype, logit_scale)
     if added is None:
-        added = bias_and_mask(qkv, table, window, shift)
+        added = bias_and_mask(qkv, table, constants or constants_of(qkv, window, shift))
     return q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), added
 
 
@@ -127,12 +169,12 @@ def unit(q: Tensor, k: Tensor, dtype: torch.dtype, logit_scale: Tensor) -> tuple
     return (F.normalize(q, dim=-1) * scale).to(dtype), F.normalize(k, dim=-1).to(dtype)
 
 
-def bias_and_mask(qkv: Tensor, table: Tensor, window: int, shift: int) -> Tensor:
+def bias_and_mask(qkv: Tensor, table: Tensor, constants: Constants) -> Tensor:
     """(1, w h, N, N), dtype of qkv: windows folded into heads, so that all images share it."""
-    added = bias(table, window)[None]  # 1 h N N
-    if shift:
-        added = added + mask(qkv, window, shift, MASKED)
-    windows = qkv.shape[1] * qkv.shape[2] // window**2
+    added = bias(table, constants)[None]  # 1 h N N
+    if constants.mask is not None:
+        added = added + constants.mask
+    windows = qkv.shape[1] * qkv.shape[2] // len(constants.cells)
     return added.to(qkv.dtype).expand(windows, -1, -1, -1).reshape(1, -1, *added.shape[-2:])
 
 
@@ -141,11 +183,12 @@ def backend_of(
     leaves: list[Tensor],
     window: int,
     shift: int,
+    constants: Constants,
     added: Tensor | None = None,
 ) -> str:
     """The backend that torch's scaled_dot_product_attention takes, by its own choice within a context."""
     try:
-        given = _sdpa_inputs(*leaves, window, shift, added)
+        given = _sdpa_inputs(*leaves, window, shift, constants, added)
         with context:
             choice = torch._fused_sdp_choice(*given[:3], attn_mask=given[3], dropout_p=0.0, is_causal=False, scale=1.0)
         return f"backend {SDPBackend(choice).name}"
@@ -153,13 +196,15 @@ def backend_of(
         return f"backend unknown: {type(error).__name__}"
 
 
-def flex(qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int) -> Tensor:
+def flex(
+    qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int, constants: Constants | None = None
+) -> Tensor:
     """By torch's flex_attention: bias and mask in its score_mod, so that nothing is N x N. For torch.compile."""
     batch, heads = len(qkv), len(table)
     q, k, v = to_windows(qkv, heads, window, shift)
     q, k = unit(q, k, v.dtype, logit_scale)
     windows = q.shape[1]
-    cut = regions(qkv, window, shift) if shift else None  # w N
+    cut = (constants or constants_of(qkv, window, shift)).regions
 
     def score_mod(score: Tensor, image: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
         y, x = i // window - j // window, i % window - j % window
@@ -172,19 +217,22 @@ def flex(qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: in
     return from_windows(out.unflatten(0, (batch, windows)), qkv, window, shift)
 
 
-def flash_window(qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int) -> Tensor:
+def flash_window(
+    qkv: Tensor, table: Tensor, logit_scale: Tensor, window: int, shift: int, constants: Constants | None = None
+) -> Tensor:
     """By Flash Window Attention v2, which takes bias and mask as N x N tensors."""
     kernel: Any = importlib.import_module(FLASH_WINDOW).flash_win_attn_v2
+    constants = constants or constants_of(qkv, window, shift)
     batch, heads = len(qkv), len(table)
     q, k, v = (x.flatten(0, 1).contiguous() for x in to_windows(qkv, heads, window, shift))
-    masks = mask(qkv, window, shift, MASKED).squeeze(1).to(v.dtype) if shift else None
+    masks = None if constants.mask is None else constants.mask.squeeze(1).to(v.dtype)
     scale = logit_scale.view(-1, 1, 1).clamp(max=math.log(1.0 / 0.01)).exp()
-    out = kernel(q, k, v, scale, bias(table, window).to(v.dtype), masks)
+    out = kernel(q, k, v, scale, bias(table, constants).to(v.dtype), masks)
     return from_windows(out.unflatten(0, (batch, -1)), qkv, window, shift)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Windows, bias and mask of the official code
+# Windows and bias of the official code
 
 
 def to_windows(qkv: Tensor, heads: int, window: int, shift: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,21 +251,13 @@ def from_windows(out: Tensor, qkv: Tensor, window: int, shift: int) -> Tensor:
     return out.permute(0, 1, 3, 2, 4, 5).reshape(batch, height, width, -1).roll((shift, shift), (1, 2))
 
 
-def bias(table: Tensor, window: int) -> Tensor:
+def bias(table: Tensor, constants: Constants) -> Tensor:
     """(h, N, N) from a table of displacements."""
-    y, x = torch.meshgrid(*(torch.arange(window, device=table.device),) * 2, indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    return table[:, y[:, None] - y + window - 1, x[:, None] - x + window - 1]
-
-
-def mask(qkv: Tensor, window: int, shift: int, masked: float) -> Tensor:
-    """(w, 1, N, N): `masked` between tokens that the roll made neighbours."""
-    cut = regions(qkv, window, shift)[:, None]
-    return torch.zeros((), device=qkv.device).masked_fill(cut[..., None] != cut[..., None, :], masked)
+    return table.flatten(1)[:, constants.cells]
 
 
 def regions(qkv: Tensor, window: int, shift: int) -> Tensor:
-    """(w, N): tokens of a window with the same number are neighbours on the map, too."""
+    """(w, N): a number for each token; where two tokens of a window differ, the roll made them neighbours."""
     _, height, width, _ = qkv.shape
     image, number = torch.zeros(height, width, device=qkv.device), 0
     for rows in (slice(0, -window), slice(-window, -shift), slice(-shift, None)):

@@ -1,13 +1,13 @@
 """Window attention on a GPU: the layers of SwinV2-G, every way of computing them, and how they are measured.
 
-For each layer the ways that can run there take turns, in random order in each of three rounds. In a turn a way is warmed
-up and then timed, forward and backward apart, by CUDA events: as called, launches included, and replayed from a CUDA
-graph, where only the GPU's own time counts. Inputs rotate among as many sets as fill the L2 cache twice. Backwards run
-on retained graphs. In the first round also memory, and the error of all four results against the official formula in
-float32. What fails is reported by name. On a CPU (to test this file): wall time, no graphs, no peaks.
+For each layer the ways that can run there take turns, in random order in each of three rounds. In a turn a way is
+warmed up and then timed, forward and backward apart, by CUDA events: as called, launches included, and replayed from a
+CUDA graph, where only the GPU's own time counts. Inputs rotate among as many sets as fill the L2 cache twice. Backwards
+run on retained graphs. In the first round also memory, and the error of all four results against the official formula
+in float32. What fails is reported by name. On a CPU (to test this file): wall time, no graphs, no peaks.
 
-Floors: bench/floor.py. Results are written after each layer, and a way that breaks the GPU's context for good is named in
-the file, so that another start with `--resume` goes on without it.
+Floors: bench/floor.py. Results are written after each layer, and a way that breaks the GPU's context for good is named
+in the file, so that another start with `--resume` goes on without it.
 """
 
 from __future__ import annotations
