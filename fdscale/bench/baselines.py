@@ -88,7 +88,7 @@ def of_others(leaves: list[Tensor], window: int, shift: int, compiled: bool) -> 
             note = "" if trains else "forward only: no backward on a CPU"
             found[name] = Way(_under(context, torch.compile(function, dynamic=False)), trains=trains, note=note)
         else:
-            left_out[name] = "compiled ways were asked for on fewer layers"
+            left_out[name] = "to save the time that compiling takes"
     return found, left_out
 
 

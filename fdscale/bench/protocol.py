@@ -67,6 +67,10 @@ class Effort(NamedTuple):
     limit: float | None = None  # seconds in all: no layer is begun after them
     compiled: int | None = None  # the first so many layers have the ways of torch.compile too; None: all
 
+    def compiles(self, number: int, passed_s: float) -> bool:
+        """Whether that layer has them: not after half of the limit, since they are what takes long."""
+        return (self.compiled is None or number < self.compiled) and (self.limit is None or passed_s < self.limit / 2)
+
 
 class Broken(Exception):
     """A way left the GPU in a state from which this process cannot go on."""
@@ -82,11 +86,12 @@ def run(rows: Iterable[Shape], device: torch.device, effort: Effort, path: Path 
     for number, shape in enumerate(rows):
         if shape.layer in result["layers"]:
             continue
-        if effort.limit is not None and time.perf_counter() - start_s > effort.limit:
+        passed_s = time.perf_counter() - start_s
+        if effort.limit is not None and passed_s > effort.limit:
             result["not_measured"].append(shape.layer)
             continue
         _note(f"{shape.layer} ...")
-        layer = Layer(shape, device, compiled=effort.compiled is None or number < effort.compiled)
+        layer = Layer(shape, device, effort.compiles(number, passed_s))
         keep = partial(_keep, result, layer, path)
         try:
             layer.measure(effort.seconds, result["broken"], keep)
