@@ -110,7 +110,7 @@ def table(result: dict[str, Any]) -> str:
         )
     lines = [f"- {name} left out: {why}" for name, why in result.get("left_out", {}).items()]
     head = ("path", f"cases that are the same in {result.get('runs')} runs", "others")
-    return "\n\n".join([tables.table(head, rows), "\n".join(lines)])
+    return tables.paragraphs(tables.table(head, rows), "\n".join(lines))
 
 
 def bad(result: dict[str, Any]) -> list[str]:

@@ -119,4 +119,4 @@ def table(result: dict[str, Any]) -> str:
     lines = [f"- {name} left out: {why}" for name, why in result.get("left_out", {}).items()]
     length = result.get("length", {})
     about = f"{length.get('steps')} steps of {length.get('batch')} images; differences are relative, step by step."
-    return "\n\n".join([about, tables.table(head, rows), "\n".join(lines)])
+    return tables.paragraphs(about, tables.table(head, rows), "\n".join(lines))

@@ -39,6 +39,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     }
 
 
+def clocks(device: torch.device) -> dict[str, str]:
+    """Of this moment, and the temperature; nothing on a CPU."""
+    found = smi(device.index or 0) if device.type == "cuda" else {}
+    return {name: found[name] for name in ("clocks.sm", "clocks.mem", "temperature.gpu") if name in found}
+
+
 def smi(index: int) -> dict[str, str]:
     """Driver, clocks (MHz), power limit (W) and temperature (C) as nvidia-smi says; nothing where there is none."""
     if shutil.which("nvidia-smi") is None:

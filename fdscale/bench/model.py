@@ -210,4 +210,4 @@ def table(result: dict[str, Any]) -> str:
     if result.get("not_measured"):
         lines.append(f"- not measured, for lack of time: {tables.join(result['not_measured'])}")
     head = ("step", "path", "ms (p10 .. p90)", "official takes", "SDPA takes", "peak, GB")
-    return "\n\n".join([tables.table(head, rows), "\n".join(dict.fromkeys(lines))])
+    return tables.paragraphs(tables.table(head, rows), "\n".join(dict.fromkeys(lines)))

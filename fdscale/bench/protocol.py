@@ -80,45 +80,45 @@ def run(rows: Iterable[Shape], device: torch.device, effort: Effort, path: Path 
     """Measure, print Markdown and write JSON to a path, also in between. Returns the exit code."""
     start_s = time.perf_counter()
     torch._functorch.config.donated_buffer = False  # else compiled ways refuse to keep their graph
+    gc.freeze()  # collecting what the imports made takes longer than most measurements
     result = json.loads(path.read_text()) if resume and path and path.exists() else {"layers": {}, "broken": {}}
     rates = floor.Rates(**result["rates"]) if "rates" in result else floor.measure(device)
     result |= {"machine": machine.describe(device), "rates": rates._asdict(), "rounds": ROUNDS, "not_measured": []}
     for number, shape in enumerate(rows):
+        passed_s = time.perf_counter() - start_s
         if shape.layer in result["layers"]:
             continue
-        passed_s = time.perf_counter() - start_s
         if effort.limit is not None and passed_s > effort.limit:
             result["not_measured"].append(shape.layer)
             continue
-        _note(f"{shape.layer} ...")
-        layer = Layer(shape, device, effort.compiles(number, passed_s))
-        keep = partial(_keep, result, layer, path)
+        print(f"{shape.layer} ...", file=sys.stderr, flush=True)
+        keep = partial(_keep, result, shape.layer, path)
         try:
-            layer.measure(effort.seconds, result["broken"], keep)
+            compiled = effort.compiles(number, passed_s)
+            found = Layer(shape, device, compiled).measure(effort.seconds, result["broken"], keep)
+            found |= {"floors": floor.floors(shape, rates), "clocks": machine.clocks(device)}
+            result["layers"][shape.layer] = found
         except Broken as broken:
             name, why = broken.args
             result["broken"][name] = why
             keep(None)
-            _note(f"{name} broke the GPU's context: {why}")
+            print(f"{name} broke the GPU's context: {why}", file=sys.stderr)
             return BROKEN
-        layer.found["floors"] = floor.floors(shape, rates)
-        result["layers"][shape.layer] = layer.found
+        except torch.OutOfMemoryError as error:
+            result["not_measured"].append(f"{shape.layer} ({explain(error)})")
         keep(None)
         if device.type == "cuda":
             torch.compiler.reset()  # else the next shapes meet its limit on recompilations
+    _keep(result, "", path, None)
     print(tables.attention(result))
     return 0
 
 
-def _keep(result: dict[str, Any], layer: Layer, path: Path | None, way: str | None) -> None:
+def _keep(result: dict[str, Any], layer: str, path: Path | None, way: str | None) -> None:
     """Write what there is; `way` is about to run, and to blame if nothing comes after it."""
-    result["now"] = None if way is None else {"layer": layer.shape.layer, "way": way}
+    result["now"] = None if way is None else {"layer": layer, "way": way}
     if path:
         save(path, result)
-
-
-def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 class Layer:
@@ -148,8 +148,8 @@ class Layer:
         leaves = attention.random_inputs(self.shape, self.device, self.dtype, seed)
         return leaves, torch.randn_like(leaves[0][..., : self.shape.heads * HEAD]).contiguous()
 
-    def measure(self, seconds: float, broken: dict[str, str], keep: Callable[[str | None], None]) -> None:
-        """Fill `found`. Raises Broken(way, why)."""
+    def measure(self, seconds: float, broken: dict[str, str], keep: Callable[[str | None], None]) -> dict[str, Any]:
+        """All that was found. Raises Broken(way, why)."""
         try:
             expected = exact_results(self.shape, *self.sets[0])
         except torch.OutOfMemoryError as error:
@@ -172,6 +172,7 @@ class Layer:
                     _free(self.device)
         for name, taken in self.seconds.items():
             self.found["ways"][name] |= {"seconds": {what: summary(x) for what, x in taken.items()}}
+        return self.found
 
     def _turn(self, name: str, seconds: float, expected: list[Tensor] | None, first: bool) -> None:
         way, record = self.ways[name], self.found["ways"][name]

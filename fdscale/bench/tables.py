@@ -15,6 +15,11 @@ def table(head: Sequence[str], rows: Rows) -> str:
     return "\n".join(lines)
 
 
+def paragraphs(*parts: str) -> str:
+    """Those that are not empty, with lines between them."""
+    return "\n\n".join(part for part in parts if part)
+
+
 def machine(found: dict[str, Any]) -> str:
     """One line."""
     return ", ".join(f"{name} {value}" for name, value in found.items() if value not in (None, ""))
@@ -34,7 +39,7 @@ def attention(result: dict[str, Any]) -> str:
         parts.append(table(head, (row for name, layer in layers.items() for row in _time_rows(name, layer, what))))
     head = ("memory and errors", "way", "kept, MB", "peaks, MB", "error of out", "of qkv", "of table", "of scale")
     parts.append(table(head, (row for name, layer in layers.items() for row in _other_rows(name, layer))))
-    return "\n\n".join([*parts, *_absent(result)])
+    return paragraphs(*parts, *_absent(result))
 
 
 def median(record: dict[str, Any], what: str) -> float | None:
@@ -68,10 +73,14 @@ def _time_rows(name: str, layer: dict[str, Any], what: str) -> Rows:
             way,
             _spread(seconds[f"{what}, replayed"]) if f"{what}, replayed" in seconds else "",
             _spread(seconds[what]),
-            f"{layer['floors'][what]['seconds'] / taken:.0%} ({layer['floors'][what]['binds']})",
+            _share(layer.get("floors", {}).get(what), taken),
             f"{official / taken:.2f} x" if official else "",
             f"{best[1] / taken:.2f} x ({best[0]})" if best and way in NAMES else "",
         )
+
+
+def _share(floor: dict[str, Any] | None, taken: float) -> str:
+    return f"{floor['seconds'] / taken:.0%} ({floor['binds']})" if floor else ""
 
 
 def _spread(seconds: dict[str, float]) -> str:
