@@ -348,6 +348,12 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--compiled", type=int, metavar="N", help=compiled)
     sub.add_argument("--resume", action="store_true", help="on a GPU, keep the layers that are in the JSON file")
 
+    text = "measure whole networks by every path of window attention"
+    sub = _verb(tables, "model", "fdscale.bench.model:main", text, "fdscale bench model --json model.json")
+    sub.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each network (default: 10)")
+    sub.add_argument("--limit", type=float, metavar="S", help="begin no network after so many seconds (default: none)")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
     text = "measure how well batches are mixed"
     sub = _verb(tables, "shuffle", "fdscale.bench.shuffle:main", text, "fdscale bench shuffle --json shuffle.json")
     sub.add_argument("--json", metavar="FILE", help=to)
