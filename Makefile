@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-finetune all test quick faults slurm lint format types bench docs clean help
+.PHONY: demo demo-finetune all test quick faults slurm lint format types bench gpu docs clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -56,6 +56,14 @@ bench: $(STAMP) ## measure data loading, attention, a training step and saving a
 	$(BIN)/fdscale bench attention
 	$(BIN)/fdscale bench step
 	$(BIN)/fdscale bench checkpoint
+
+# A machine with a GPU often has a torch of its own and no network: the suite takes what $(PYTHON) has, where it has one.
+gpu: ## check and measure the kernels on this machine's GPU, in nine minutes: gpu-report/gpu.md
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		$(PYTHON) -m fdscale.bench.gpu --out gpu-report; \
+	else \
+		$(MAKE) --no-print-directory $(STAMP) && $(BIN)/python -m fdscale.bench.gpu --out gpu-report; \
+	fi
 
 docs: $(STAMP) ## check that links and commands in the documents hold
 	$(BIN)/python -m pytest tests/test_docs.py

@@ -337,9 +337,21 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
 
     text = "measure window attention against the official code and torch's own"
     sub = _verb(tables, "attention", "fdscale.bench.attention:main", text, "fdscale bench attention --rounds 20")
-    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
+    sub.add_argument("--rounds", type=int, metavar="N", help="on a CPU, rounds in which all take turns (default: 12)")
     sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
+    sub.add_argument("--quick", action="store_true", help="on a CPU whether it runs; on a GPU two layers")
+    sub.add_argument("--json", metavar="FILE", help=to)
+    limit = "on a GPU, begin no layer after so many seconds (default: none)"
+    sub.add_argument("--seconds", type=float, default=20.0, metavar="S", help="on a GPU, of each layer (default: 20)")
+    sub.add_argument("--limit", type=float, metavar="S", help=limit)
+    compiled = "on a GPU, time the ways of torch.compile on the first N layers only (default: on all)"
+    sub.add_argument("--compiled", type=int, metavar="N", help=compiled)
+    sub.add_argument("--resume", action="store_true", help="on a GPU, keep the layers that are in the JSON file")
+
+    text = "measure whole networks by every path of window attention"
+    sub = _verb(tables, "model", "fdscale.bench.model:main", text, "fdscale bench model --json model.json")
+    sub.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each network (default: 10)")
+    sub.add_argument("--limit", type=float, metavar="S", help="begin no network after so many seconds (default: none)")
     sub.add_argument("--json", metavar="FILE", help=to)
 
     text = "measure how well batches are mixed"

@@ -30,6 +30,7 @@ from PIL import Image, features
 from torch.utils.data import DataLoader
 
 from fdscale import UserError
+from fdscale.bench.timing import Clocks, in_turns, ratio
 from fdscale.data import jpeg
 from fdscale.data.augment import train_view
 from fdscale.data.index import open_index
@@ -43,7 +44,6 @@ SIZE = 224  # pixels: side of a view
 BATCH = 32  # images in a micro-batch of a loader
 PREFETCH = 2  # micro-batches per worker, for all loaders
 LANES = 8
-Clocks = dict[str, dict[str, list[float]]]  # clock -> way -> seconds of each round
 
 
 class Effort(NamedTuple):
@@ -111,22 +111,6 @@ def one_core() -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, allowed)
-
-
-def in_turns(ways: dict[str, Callable[[], float | None]], rounds: int) -> Clocks:
-    """Wall and CPU seconds of each way in every round after a warm-up; a way may return the wall seconds that count.
-
-    CPU seconds are of this process alone, without its workers.
-    """
-    seconds: Clocks = {clock: {name: [] for name in ways} for clock in ("wall", "cpu")}
-    for turn in range(rounds + 1):
-        for name in random.Random(turn).sample([*ways], len(ways)):
-            wall, cpu = time.perf_counter(), time.process_time()
-            counted = ways[name]()
-            if turn:
-                seconds["wall"][name].append(time.perf_counter() - wall if counted is None else counted)
-                seconds["cpu"][name].append(time.process_time() - cpu)
-    return seconds
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -267,15 +251,6 @@ def index_anew(folder: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
-
-
-def ratio(seconds: dict[str, list[float]], one: str, other: str, digits: int = 2) -> str:
-    """Median and quartiles of how many times faster `other` is than `one`, within each round."""
-    within = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
-    if len(within) < 2:
-        return f"{within[0]:.{digits}f}"
-    low, median, high = statistics.quantiles(within, n=4, method="inclusive")
-    return f"{median:.{digits}f} ({low:.{digits}f} .. {high:.{digits}f})"
 
 
 def table(title: str, count: int, unit: str, clocks: Clocks, base: str) -> None:
