@@ -30,7 +30,7 @@ from fdscale.cache import DONE, STOPPED, _ahead
 from fdscale.cache import cache as write_cache
 from fdscale.data.shards import make
 from fdscale.inputs import to_device
-from fdscale.objective import feature_loss
+from fdscale.objective import feature_loss, whiten
 
 pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
 
@@ -85,7 +85,7 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 
 def targets(parts: Parts, stop: int) -> Tensor:
     """The targets of the first samples, in the order of the run."""
-    found = [training_target(parts, b, to_device(b["images"])) for b in train_stream(parts, 0, stop)]
+    found = [whiten(training_target(parts, b, to_device(b["images"]))) for b in train_stream(parts, 0, stop)]
     return torch.cat(found)
 
 
