@@ -223,8 +223,9 @@ class Memory:
     )
     kernels: str = option(
         "auto",
-        "what computes window attention (docs/kernels.md): auto, reference, torch, which keeps no scores for the "
-        "backward, or triton, for NVIDIA GPUs; the environment variable FDSCALE_KERNELS overrides it",
+        "what computes window attention (docs/kernels.md): reference, torch, which keeps no scores for the backward, "
+        "triton, for NVIDIA GPUs, where it also fuses norms and the loss, or auto: on a GPU the kernels if they pass a "
+        "self-check, else reference; the environment variable FDSCALE_KERNELS overrides it",
         choices=("auto", "reference", "torch", "triton"),
         neutral=True,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from fdscale import UserError
 
 PROGRAMS = 512  # that share the rows of a sum over all: enough for any GPU, the same on all, as it decides the order
-WIDEST = 16384  # channels
+WIDEST = 8192  # channels: beyond, gradients of a row would not fit into registers
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -172,7 +172,9 @@ def residual_norm(x: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor
     out, tile = torch.empty_like(x), tile_of(channels)
     tensors = (x, branch, x if keep is None else keep, weight.contiguous(), bias.contiguous(), out)
     sizes = (rows, channels, rows // max(1, len(x)), eps)
-    _launch(residual_norm_kernel, x, (triton.cdiv(rows, tile["ROWS"]),), *tensors, *sizes, KEPT=keep is not None, **tile)
+    _launch(
+        residual_norm_kernel, x, (triton.cdiv(rows, tile["ROWS"]),), *tensors, *sizes, KEPT=keep is not None, **tile
+    )
     return out
 
 
@@ -199,9 +201,7 @@ def token_losses(prediction: Tensor, tokens: Tensor, beta: float, eps: float) ->
     prediction, tokens = prediction.contiguous(), tokens.contiguous()
     losses, tile = torch.empty(prediction.shape[:-1], device=prediction.device), tile_of(channels)
     sizes = (rows, channels, beta, eps)
-    _launch(
-        token_losses_kernel, losses, (triton.cdiv(rows, tile["ROWS"]),), prediction, tokens, losses, *sizes, **tile
-    )
+    _launch(token_losses_kernel, losses, (triton.cdiv(rows, tile["ROWS"]),), prediction, tokens, losses, *sizes, **tile)
     return losses
 
 
@@ -250,5 +250,7 @@ def _shape(what: str, *tensors: Tensor) -> tuple[int, int]:
             raise UserError(f"{what} by triton: got {tensor.dtype}; expected float32, bfloat16 or float16")
     channels = tensors[0].shape[-1]
     if not 0 < channels <= WIDEST:
-        raise UserError(f"{what} by triton: {channels} channels; expected 1 to {WIDEST}, or set memory.kernels=reference")
+        raise UserError(
+            f"{what} by triton: {channels} channels; expected 1 to {WIDEST}, or set memory.kernels=reference"
+        )
     return tensors[0].numel() // channels, channels

@@ -74,7 +74,9 @@ def residual_norm(x: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor
             f"{tuple(bias.shape)}; expected (B, ..., C) twice and (C,) twice"
         )
     if keep is not None and keep.shape != x.shape[:1]:
-        raise UserError(f"residual norm: keep is {tuple(keep.shape)}; expected {tuple(x.shape[:1])}, one for each sample")
+        raise UserError(
+            f"residual norm: keep is {tuple(keep.shape)}; expected {tuple(x.shape[:1])}, one for each sample"
+        )
     return _residual_norm(x, branch, keep, weight, bias, eps)
 
 
@@ -83,9 +85,7 @@ def residual_norm(x: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor
     mutates_args=(),
     schema="(Tensor x, Tensor branch, Tensor? keep, Tensor weight, Tensor bias, float eps) -> Tensor",
 )
-def _residual_norm(
-    x: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
+def _residual_norm(x: Tensor, branch: Tensor, keep: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _kernels("residual norm", x.device).residual_norm(x, branch, keep, weight, bias, eps)
 
 
@@ -293,7 +293,9 @@ def _save_windows(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 
 # Each is the other's gradient: padding neither comes from the map nor goes back to it.
-_partition.register_autograd(lambda ctx, grad: (_reverse(grad, ctx.size, ctx.shift), None, None), setup_context=_save_map)
+_partition.register_autograd(
+    lambda ctx, grad: (_reverse(grad, ctx.size, ctx.shift), None, None), setup_context=_save_map
+)
 _reverse.register_autograd(
     lambda ctx, grad: (_partition(grad, ctx.window, ctx.shift), None, None), setup_context=_save_windows
 )

@@ -21,8 +21,8 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is that process")
 def test_the_kernels_in_the_interpreter() -> None:
-    file = Path(__file__).with_name("test_interpreted.py")
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    files = [str(Path(__file__).with_name(name)) for name in ("test_interpreted.py", "test_rows_interpreted.py")]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=600, env=outside() | {"TRITON_INTERPRET": "1"}, check=False
     )
