@@ -156,7 +156,7 @@ def tile_of(channels: int) -> dict[str, int]:
     """Constants of the kernels that hold whole rows: a tile of 2048 numbers, or of one row. None was timed."""
     columns = max(16, triton.next_power_of_2(channels))
     rows = max(1, 2048 // columns)
-    return {"ROWS": rows, "COLUMNS": columns, "num_warps": max(4, min(16, columns // 512))}
+    return {"ROWS": rows, "COLUMNS": columns, "num_warps": 32 if columns > 4096 else max(4, columns // 512)}
 
 
 def copy_tile_of(channels: int) -> dict[str, int]:

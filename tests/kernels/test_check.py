@@ -111,8 +111,8 @@ def test_what_is_wrong_is_left_out_and_named(monkeypatch):
     assert not check.attention_is_right("triton", CPU)
     (line,) = check.failures()
     assert line == (
-        "window attention by triton is not used on cpu: in bfloat16, the result differs from the reference by 1.0e-01 of "
-        "its norm; at most 3e-02 was expected"
+        "window attention by triton is not used on cpu: in bfloat16, the result differs from the reference by 1.0e-01 "
+        "of its norm; at most 3e-02 was expected"
     )
 
 

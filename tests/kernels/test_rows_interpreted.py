@@ -192,6 +192,7 @@ def test_what_the_kernels_do_not_have_is_named():
 def test_a_distiller_learns_the_same_with_them():
     """Loss and all gradients of a SwinV2 under drop path, with everything fused and with nothing; and one graph."""
     args = {"img_size": 16, "embed_dim": 8, "depths": [2, 1], "num_heads": [1, 2], "window_size": 2}
+    torch.manual_seed(0)
     module = Distiller(backbone("swin_v2", args | {"pretrained_window_sizes": [0, 0], "post_norm_init": 0.5}), 12)
     module.backbone.drop_path_rate = 0.4
     generator = torch.Generator().manual_seed(0)
@@ -213,7 +214,7 @@ def test_a_distiller_learns_the_same_with_them():
         fuse(True)
         for name, a, e in zip(["loss", *names], results(weights), expected, strict=True):
             torch.testing.assert_close(
-                a, e, rtol=0, atol=1e-5 * e.abs().max().item() + 1e-9, msg=lambda m, n=name: n + m
+                a, e, rtol=0, atol=1e-5 * e.abs().max().item() + 1e-7, msg=lambda m, n=name: n + m
             )
     compiled = torch.compile(module.backbone.blocks()[0].norm1, fullgraph=True, backend="aot_eager")
     x, branch = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
