@@ -128,6 +128,12 @@ def test_each_gradient_is_looked_at(monkeypatch, place, name):
     assert f"the gradient of {name} differs from the reference by nan" in check.failures()[0]
 
 
+@pytest.mark.slow
+def test_the_cuda_kernels_pass_where_a_cpu_emulates_them(monkeypatch, emulated):
+    monkeypatch.setattr(check, "LIMITS", {torch.bfloat16: check.LIMITS[torch.bfloat16]})  # float32 is Triton's there
+    assert check.attention_is_right("cuda", CPU), check.failures()
+
+
 def test_float32_is_looked_at_too(monkeypatch):
     def rounded(qkv, *rest):
         out, lse = tiled.forward(qkv, *rest)
