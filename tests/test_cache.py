@@ -107,6 +107,8 @@ def test_replay_is_the_live_run_to_the_last_bit(
     done = run_cli(*tiny(replayed, *RUN, heldout, features))
     assert done.returncode == 0, done.stderr
     assert "it does not run" in done.stderr
+    for what in ("window attention: stage", "residual and norm: ", "whitening and loss: "):
+        assert f"\n{what}" in done.stderr  # what computes
     assert metrics(live) == metrics(replayed)
     assert sum("heldout_loss" in record for record in metrics(live)) == 3
     assert len({record["loss"] for record in metrics(live) if "loss" in record}) == 6
