@@ -21,9 +21,10 @@ from fdscale.data.features import Features, Plan
 from fdscale.data.index import Index
 from fdscale.data.stream import chosen_batches
 from fdscale.inputs import Inputs, heldout_batches, open_inputs, training_batches, training_samples
+from fdscale.kernels import check
 from fdscale.models.pairing import Pairing, pair
 from fdscale.models.teachers import Teacher, load_teacher
-from fdscale.objective import Distiller, whiten
+from fdscale.objective import Distiller
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +102,9 @@ def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, D
     backbone = student.build(settings)
     pairing = pair(backbone.prefix, backbone.grid(size), teacher.prefix, teacher.grid(size), settings.teacher.resample)
     with torch.device("meta"):
-        return pairing, Distiller(backbone, teacher.width, settings.objective.beta, pairing.align_student)
+        module = Distiller(backbone, teacher.width, settings.objective.beta, pairing.align_student)
+    module.fused = check.fuses(settings.memory.kernels, dist.device())
+    return pairing, module
 
 
 def teacher_identity(parts: Parts) -> dict[str, Any]:
@@ -109,25 +112,20 @@ def teacher_identity(parts: Parts) -> dict[str, Any]:
     return {"content of teacher.weights": parts.teacher.fingerprint()}
 
 
-def target_of(images: Tensor, teacher: Teacher, pairing: Pairing) -> Tensor:
-    """The whitened teacher tokens (B, L, T) that answer the student's, from RGB in [0, 1]."""
-    return whiten(learnt_tokens(images, teacher, pairing))
-
-
 def learnt_tokens(images: Tensor, teacher: Teacher, pairing: Pairing) -> Tensor:
-    """The same before whitening, float32: what a feature cache holds."""
+    """The teacher's tokens (B, L, T) that answer the student's, from RGB in [0, 1]: float32, not whitened."""
     return pairing.align_teacher(teacher(images).float())
 
 
 def training_target(parts: Parts, batch: dict[str, Any], images: Tensor) -> Tensor:
-    """The target of a micro-batch of `train_stream`, and its RGB in [0, 1]: from the cache or the live teacher.
+    """The teacher's tokens for a micro-batch of `train_stream`, and its RGB in [0, 1]: from the cache or live.
 
     Both give the same: where a cache holds 8 bits, the live teacher's tokens are rounded to them too.
     """
     if parts.cached is not None:
-        return whiten(parts.cached.tokens(batch, images.device))
+        return parts.cached.tokens(batch, images.device)
     tokens = learnt_tokens(images, parts.teacher, parts.pairing)
-    return whiten(features.decode(*features.encode(tokens, stored_as(parts.settings))))
+    return features.decode(*features.encode(tokens, stored_as(parts.settings)))
 
 
 def train_stream(parts: Parts, start: int, stop: int) -> Generator[dict[str, Any], None, None]:

@@ -354,6 +354,11 @@ def _bench(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--limit", type=float, metavar="S", help="begin no network after so many seconds (default: none)")
     sub.add_argument("--json", metavar="FILE", help=to)
 
+    text = "measure the small fused ops against torch.compile of the same"
+    sub = _verb(tables, "fused", "fdscale.bench.fused:main", text, "fdscale bench fused --json fused.json")
+    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
+    sub.add_argument("--json", metavar="FILE", help=to)
+
     text = "measure how well batches are mixed"
     sub = _verb(tables, "shuffle", "fdscale.bench.shuffle:main", text, "fdscale bench shuffle --json shuffle.json")
     sub.add_argument("--json", metavar="FILE", help=to)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fdscale import UserError, config
+from fdscale import UserError, config, dist
 from fdscale.assemble import assemble, build_student
 from fdscale.data.augment import eval_view
 from fdscale.diagnose.plots import pca_to_rgb, picture_table, project
@@ -208,8 +208,9 @@ def draw(settings: config.Config, out: Path) -> None:
         image = eval_view(files[name].read_bytes(), PICTURE_SIZE, crop_ratio=1.0).float()[None] / 255
         photos.append(image[0].permute(1, 2, 0).numpy())
         with torch.no_grad():
-            guesses = [model.predict(normalise(image, torch.float32)) for model in (before, after)]
-            maps.append([square(tokens) for tokens in (whiten(teacher(image)), *guesses)])
+            there = image.to(dist.device())
+            guesses = [model.predict(normalise(there, torch.float32)) for model in (before, after)]
+            maps.append([square(tokens.cpu()) for tokens in (whiten(teacher(image)), *guesses)])
     width = maps[0][0].shape[-1]
     basis = pca_to_rgb(np.concatenate([ours[0].reshape(-1, width) for ours in maps]))
     rows = [photos, *([project(ours[kind], basis) for ours in maps] for kind in range(3))]
@@ -234,7 +235,7 @@ def student(settings: config.Config, teacher: Teacher, reader: checkpoint.Reader
     }
     module.load_state_dict(weights, assign=True)
     module.align = None  # the picture has another grid than training
-    return module.eval()
+    return module.eval().to(dist.device())  # whose kernels it has
 
 
 def square(tokens: Tensor) -> np.ndarray:

@@ -14,7 +14,7 @@ from fdscale.assemble import (
     Parts,
     assemble,
     heldout_stream,
-    target_of,
+    learnt_tokens,
     teacher_identity,
     train_stream,
     training_target,
@@ -23,7 +23,7 @@ from fdscale.engine import ema
 from fdscale.engine.metrics import Work
 from fdscale.inputs import normalise, open_heldout, to_device
 from fdscale.job import run_job
-from fdscale.objective import feature_loss
+from fdscale.objective import feature_loss, whiten
 from fdscale.run import Run
 
 MEAN_VIEWS = 256  # fewer make the mean token noisy, and a trivial predictor that is easily beaten
@@ -72,12 +72,13 @@ class Distillation:
             self.parts.teacher.to("meta")  # nothing computes with it: its memory is free again
 
     def about(self) -> list[str]:
-        """Teacher and student, and where the features come from."""
+        """Teacher and student, where the features come from, and what computes."""
         settings, cached = self.parts.settings, self.parts.cached
         lines = [f"{settings.teacher.source} -> {settings.student.model}"]
         if cached is not None:
             lines.append(f"the teacher's features come from {cached.folder}; it does not run")
-        return lines
+        loss = f"whitening and loss: {student.by(self.module.fused)}"
+        return [*lines, *student.about_kernels(self.module.backbone), loss]
 
     def work(self) -> Work:
         """Of the student, and of the teacher where it runs."""
@@ -90,7 +91,7 @@ class Distillation:
         return train_stream(self.parts, start, stop)
 
     def prepare(self, batch: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Images, target and sample numbers."""
+        """Images, the teacher's tokens and sample numbers."""
         images = to_device(batch["images"])
         numbers = batch["numbers"].to(dist.device(), non_blocking=True)
         return normalise(images, dtype), training_target(self.parts, batch, images), numbers
@@ -148,8 +149,9 @@ class HeldOut:
                 if first:  # every evaluation loses the same samples
                     self._run.report_lost(batch["replaced"])
                 images, weights = to_device(batch["images"]), batch["weights"].to(dist.device())
-                target = target_of(images, parts.teacher, parts.pairing)
-                loss = engine(normalise(images, self._dtype), target, None, weights)
+                tokens = learnt_tokens(images, parts.teacher, parts.pairing)
+                loss = engine(normalise(images, self._dtype), tokens, None, weights)
+                target = whiten(tokens)
                 trivial = feature_loss(self._constant.expand_as(target), target, beta, weights)
                 sums += torch.stack([loss.double(), trivial.double(), weights.sum().double()])
         engine.train()
@@ -174,7 +176,7 @@ class HeldOut:
         for batch in train_stream(parts, 0, wanted):
             if self._run.interrupted():
                 return None
-            target = training_target(parts, batch, to_device(batch["images"])).flatten(0, 1)
+            target = whiten(training_target(parts, batch, to_device(batch["images"]))).flatten(0, 1)
             sums[:-1] += target.double().sum(0)
             sums[-1] += target.shape[0]
         sums = dist.total(sums)

@@ -17,7 +17,7 @@ from rich.markup import escape
 from fdscale import dist
 from fdscale.data import jpeg
 from fdscale.engine.initialize import build_ops, prepare_environment, read_ds_config
-from fdscale.kernels import attention
+from fdscale.kernels import attention, check
 
 APEX = (
     "optional: NVIDIA's apex, whose fused LayerNorm and AdamW are used on a GPU where it is installed with its CUDA "
@@ -62,6 +62,7 @@ def examine() -> list[Finding]:
         prepared,
         _jpeg(),
         _attention(),
+        _fused(),
         *_optional(),
     ]
 
@@ -114,7 +115,17 @@ def _attention() -> Finding:
     for name in attention.NAMES:
         why = attention.cannot_run(name, dist.device())
         (able if why is None else unable).append(name if why is None else f"{name} cannot run here: {why}")
-    return Finding("ok", "window attention", "; ".join([f"memory.kernels: {', '.join(able)}", *unable]))
+    auto = f"auto takes {attention.automatic(dist.device())}"  # on a GPU, checks it
+    return Finding("ok", "window attention", "; ".join([f"memory.kernels: {', '.join(able)}", auto, *unable]))
+
+
+def _fused() -> Finding:
+    """After `_attention`, whose checks fail here too."""
+    device = dist.device()
+    fused = device.type == "cuda" and attention.cannot_run("triton", device) is None and check.rows_are_right(device)
+    what = "residual and norm, whitening and loss: " + ("fused, by triton, with its attention" if fused else "by torch")
+    failures = check.failures()
+    return Finding("optional" if failures else "ok", "fused ops", "; ".join([what, *failures]))
 
 
 def _optional() -> list[Finding]:

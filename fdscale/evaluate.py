@@ -24,6 +24,7 @@ from fdscale.data.index import Index
 from fdscale.engine import checkpoint, ema
 from fdscale.engine.initialize import materialise, prepare_environment
 from fdscale.inputs import CLIP_STATISTICS, MEAN, STD, heldout_batches, normalise, open_heldout, to_device
+from fdscale.kernels import check
 from fdscale.run import Run
 from fdscale.starts import write_atomically
 from fdscale.tasks.classification import Accuracy, Tally
@@ -168,6 +169,8 @@ def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
     if json:
         print(text)
         return
+    for line in check.failures():
+        print(line, file=sys.stderr)
     for one in report["left_out"][:SHOWN]:
         print(f"left out: {one['shard']}: sample '{one['key']}': {one['reason']}", file=sys.stderr)
     if len(report["left_out"]) > SHOWN:

@@ -67,12 +67,12 @@ class Classification:
         """Nothing is outside the module."""
 
     def about(self) -> list[str]:
-        """The backbone and where its weights come from."""
+        """The backbone, where its weights come from, and what computes."""
         settings = self.inputs.settings.student
         lines = [f"{settings.model} -> {self._classify.classes} classes"]
         if settings.weights is None:
             lines.append("student.weights is not set: the backbone began with random weights")
-        return lines
+        return [*lines, *student.about_kernels(self.module.backbone)]
 
     def work(self) -> Work:
         """Of the backbone; the head's is next to nothing."""

@@ -7,6 +7,7 @@ ended. What they do not is a `Task`.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from fdscale.engine.room import Room, open_room
 from fdscale.engine.saver import Saver
 from fdscale.engine.schedule import cosine
 from fdscale.inputs import Inputs
+from fdscale.kernels import check
 from fdscale.recovery import Recovery
 from fdscale.run import TAKEN, Run
 from fdscale.starts import Clock
@@ -225,8 +227,8 @@ def _announce(run: Run, task: Task, start: Path | None, state: TrainState, last:
     )
     for line in more:
         run.say(line)
-    if kernels := {module.kernels for module in task.module.modules() if hasattr(module, "kernels")}:
-        run.say(f"window attention by {', '.join(sorted(kernels))}")
+    for line in dict.fromkeys(itertools.chain(*dist.gather(check.failures()))):  # of any rank's GPU
+        run.say(line, "yellow")
     if order.span is not None:
         run.say(f"samples and augmentation repeat after {order.span} samples (cache.epochs)")
     if run.settings.data.decode != "pillow" and (missing := jpeg.missing()):

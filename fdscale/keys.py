@@ -223,9 +223,10 @@ class Memory:
     )
     kernels: str = option(
         "auto",
-        "what computes window attention (docs/kernels.md): auto, reference, torch, which keeps no scores for the "
-        "backward, or triton, for NVIDIA GPUs; the environment variable FDSCALE_KERNELS overrides it",
-        choices=("auto", "reference", "torch", "triton"),
+        "what computes window attention (docs/kernels.md): reference, torch, which keeps no scores for the backward, "
+        "triton or cuda (once built), for NVIDIA GPUs, where norms and loss are fused too, or auto: on a GPU cuda or "
+        "triton, the first that can run and passes a self-check, else reference; FDSCALE_KERNELS overrides it",
+        choices=("auto", "reference", "torch", "triton", "cuda"),
         neutral=True,
     )
 

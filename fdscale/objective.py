@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fdscale.kernels.rows import WHITEN_EPS, can_run, token_losses
+
 
 def whiten(x: Tensor) -> Tensor:
     """Layer norm over channels without affine parameters, eps 1e-5, in float32: each token gets mean 0 and variance 1.
 
     x: (..., T). Official repository, models/feature_distillation.py. It is applied after the teacher's own final norm.
     """
-    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-5)
+    return F.layer_norm(x.float(), x.shape[-1:], eps=WHITEN_EPS)
 
 
 def feature_loss(prediction: Tensor, target: Tensor, beta: float = 2.0, weights: Tensor | None = None) -> Tensor:
@@ -44,7 +46,10 @@ class Distiller(nn.Module):
 
     align: picks, from the student's tokens (B, L, C), those that have a partner in the target; None: all of them. The
     teacher is deliberately not in here, so that no checkpoint ever holds it.
+    fused: whitening and loss in one kernel where it can run (kernels/rows.py); set from outside.
     """
+
+    fused = False
 
     def __init__(
         self,
@@ -67,12 +72,16 @@ class Distiller(nn.Module):
     def forward(
         self, images: Tensor, target: Tensor, numbers: Tensor | None = None, weights: Tensor | None = None
     ) -> Tensor:
-        """Loss of a batch. images: normalised (B, 3, H, W); target: whitened (B, L, T); numbers: sample numbers (B,)
-        for drop path.
+        """Loss of a batch. images: normalised (B, 3, H, W); target: the teacher's tokens (B, L, T), which are whitened
+        here; numbers: sample numbers (B,) for drop path.
 
         weights: see `feature_loss`.
         """
-        return feature_loss(self.predict(images, numbers), target, self.beta, weights)
+        prediction = self.predict(images, numbers)
+        if self.fused and can_run(prediction.device):
+            losses = token_losses(prediction, target, self.beta)
+            return losses.mean() if weights is None else (losses.mean(1) * weights).sum()
+        return feature_loss(prediction, whiten(target), self.beta, weights)
 
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill one parameter in place.

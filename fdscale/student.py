@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +18,10 @@ from fdscale.engine.contents import Damaged
 from fdscale.engine.metrics import Work
 from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
-from fdscale.kernels import attention
+from fdscale.kernels import attention, check
 from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
-from fdscale.models.layers import initial_value
+from fdscale.models.layers import ResidualNorm, initial_value
 from fdscale.tasks.classification import Classifier
 
 PREFIX = "backbone."  # of the student's parameters in the module that is trained, and in its checkpoints
@@ -41,8 +42,35 @@ def build(settings: config.Config) -> Any:
     student.drop_path_seed = settings.student.seed
     policy = settings.memory
     kernels = attention.choose(policy.kernels, dist.device())
-    memory.apply(student, policy.checkpoint, policy.attention_chunk, kernels)
+    fused = check.fuses(policy.kernels, dist.device())
+    memory.apply(student, policy.checkpoint, policy.attention_chunk, kernels, fused)
     return student
+
+
+def about_kernels(backbone: Any) -> list[str]:
+    """Lines for a person: what computes the window attention of each stage, and the norms behind branches."""
+    lines = []
+    blocks = backbone.blocks()
+    firsts = [blocks[sum(backbone.depths[:stage])].attn for stage in range(len(backbone.depths))]
+    if hasattr(firsts[0], "kernels"):
+        parts = []
+        for kernels, group in itertools.groupby(enumerate(firsts, 1), lambda numbered: numbered[1].kernels):
+            stages = list(group)
+            numbers = sorted({stages[0][0], stages[-1][0]})
+            windows = ", ".join(" x ".join(map(str, dict.fromkeys(attn.window))) for _, attn in stages)
+            parts.append(
+                f"stage{'s' * (len(stages) > 1)} {'-'.join(map(str, numbers))} by {kernels} "
+                f"(window{'s' * (len(stages) > 1)} {windows})"
+            )
+        lines.append(f"window attention: {', '.join(parts)}")
+    if norms := [module for module in backbone.modules() if isinstance(module, ResidualNorm)]:
+        lines.append(f"residual and norm: {by(norms[0].fused)}")
+    return lines
+
+
+def by(fused: bool) -> str:
+    """What computes one of the ops of kernels/rows.py, for a person."""
+    return "fused, by triton" if fused else "by torch"
 
 
 def build_classifier(settings: config.Config, student: Any) -> Classifier:

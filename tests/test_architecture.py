@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "recovery": {"train", "engine", "run", "dist"},
     "inputs": {"config", "keys", "data", "dist", "engine"},
     "student": {"config", "dist", "kernels", "models", "engine", "tasks"},
-    "job": {"config", "data", "dist", "engine", "inputs", "recovery", "run", "starts", "train", "watchdog"},
+    "job": {"config", "data", "dist", "engine", "inputs", "kernels", "recovery", "run", "starts", "train", "watchdog"},
     "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data"},
     "cli": {"config", "signals", *APPS},

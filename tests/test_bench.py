@@ -11,6 +11,7 @@ import torch
 from helpers import run_cli
 from PIL import Image
 
+from fdscale import cli
 from fdscale.bench import attention
 from fdscale.bench.data import in_turns, photographs, ratio
 
@@ -84,6 +85,17 @@ def test_bench_attention_measures_every_way(tmp_path: Path) -> None:
     for taken in found["seconds"].values():
         assert all(len(taken[name]) == 1 for name in found["kept_bytes"])
     assert done.stdout.count("| tiny | ") == 2 * len(found["kept_bytes"])
+
+
+@pytest.mark.slow
+def test_bench_fused_measures_every_way(tmp_path: Path) -> None:
+    assert cli.main(["bench", "fused", "--quick", "--json", str(tmp_path / "fused.json")]) == 0
+    result = json.loads((tmp_path / "fused.json").read_text())
+    assert len(result["ops"]) == 3
+    for layers in result["ops"].values():
+        found = layers["tiny"]
+        assert set(found["seconds"]) == set(found["kept_bytes"]) >= {"eager", "torch.compile"}
+        assert all(len(taken) == 1 and taken[0] > 0 for taken in found["seconds"].values())
 
 
 @pytest.mark.parametrize("shift", [0, 2])

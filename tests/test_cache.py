@@ -30,7 +30,7 @@ from fdscale.cache import DONE, STOPPED, _ahead
 from fdscale.cache import cache as write_cache
 from fdscale.data.shards import make
 from fdscale.inputs import to_device
-from fdscale.objective import feature_loss
+from fdscale.objective import feature_loss, whiten
 
 pytestmark = pytest.mark.slow  # together they are: left out of `make quick`
 
@@ -85,7 +85,7 @@ def weights(run: Path, step: int) -> dict[str, Tensor]:
 
 def targets(parts: Parts, stop: int) -> Tensor:
     """The targets of the first samples, in the order of the run."""
-    found = [training_target(parts, b, to_device(b["images"])) for b in train_stream(parts, 0, stop)]
+    found = [whiten(training_target(parts, b, to_device(b["images"]))) for b in train_stream(parts, 0, stop)]
     return torch.cat(found)
 
 
@@ -107,6 +107,8 @@ def test_replay_is_the_live_run_to_the_last_bit(
     done = run_cli(*tiny(replayed, *RUN, heldout, features))
     assert done.returncode == 0, done.stderr
     assert "it does not run" in done.stderr
+    for what in ("window attention: stage", "residual and norm: ", "whitening and loss: "):
+        assert f"\n{what}" in done.stderr  # what computes
     assert metrics(live) == metrics(replayed)
     assert sum("heldout_loss" in record for record in metrics(live)) == 3
     assert len({record["loss"] for record in metrics(live) if "loss" in record}) == 6

@@ -63,9 +63,9 @@ def test_distiller_is_backbone_then_convolution_then_loss() -> None:
     conv = nn.Conv1d(16, 24, 1)
     conv.weight.data = distiller.projector.weight.data[:, :, None].clone()
     conv.bias.data = distiller.projector.bias.data.clone()
-    images, target = torch.randn(2, 3, 32, 32), whiten(torch.randn(2, 64, 24))
-    expected = nn.SmoothL1Loss(beta=2.0)(conv(student(images).transpose(1, 2)).transpose(1, 2), target)
-    assert torch.allclose(distiller(images, target), expected, atol=1e-7)
+    images, tokens = torch.randn(2, 3, 32, 32), torch.randn(2, 64, 24) * 3 + 1
+    expected = nn.SmoothL1Loss(beta=2.0)(conv(student(images).transpose(1, 2)).transpose(1, 2), whiten(tokens))
+    assert torch.allclose(distiller(images, tokens), expected, atol=1e-7)
     assert {name for name, _ in distiller.named_parameters() if "teacher" in name} == set()
     assert distiller.no_decay() <= {name for name, _ in distiller.named_parameters()}
     assert distiller.depth_of("projector.weight") == distiller.depth_of("backbone.norm.weight") == 3

@@ -74,7 +74,7 @@ class TimmDistiller(nn.Module):
         self.projector = nn.Linear(self.backbone.num_features, teacher_width)
 
     def forward(self, images: Tensor, target: Tensor, numbers: Tensor) -> Tensor:
-        return feature_loss(self.projector(self.backbone.forward_features(images).flatten(1, 2)), target)
+        return feature_loss(self.projector(self.backbone.forward_features(images).flatten(1, 2)), whiten(target))
 
 
 def main(rounds: int, batch: int, threads: int | None, json: str | None) -> int:
@@ -132,9 +132,9 @@ def in_turns(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict
 
 
 def prepared(images: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
-    """What every step does before the student: decode to float, teacher forward, whitening."""
+    """What every step does before the student: decode to float, teacher forward."""
     floats = images.float() / 255
-    return normalise(floats, torch.float32), whiten(teacher(floats)), torch.arange(images.shape[0])
+    return normalise(floats, torch.float32), teacher(floats), torch.arange(images.shape[0])
 
 
 def plain(module: nn.Module, teacher: Teacher, images: Tensor) -> Callable[[], None]:

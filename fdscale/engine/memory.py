@@ -1,5 +1,5 @@
 """Memory policies, applied from outside to a backbone's `blocks()`: activation checkpointing, sequential self-attention
-and what computes window attention.
+and what computes window attention and the norms behind branches.
 
 A policy replaces a block's `forward`; names, parameters and the state dict stay as they are. What a block computes does
 not change, since everything random in it (drop path) comes in as a tensor argument.
@@ -33,12 +33,13 @@ def apply(
     checkpoint: Sequence[str] = ("none",),
     attention_chunk: Sequence[int] = (0,),
     kernels: str = "reference",
+    fused: bool = False,
 ) -> None:
     """Set all policies on every block.
 
     checkpoint: none | torch | deepspeed | fairscale | fairscale_offload, for all blocks or per stage. attention_chunk:
     windows (SwinV2) or heads (ViT) whose attention is computed at a time, each chunk recomputed in backward; 0: all.
-    kernels: what computes window attention, a name of kernels.attention.
+    kernels: what computes window attention, a name of kernels.attention. fused: take the fused norms on a GPU.
     """
     kinds = per_stage(checkpoint, backbone.depths, "memory.checkpoint")
     chunks = per_stage(attention_chunk, backbone.depths, "memory.attention_chunk")
@@ -48,6 +49,8 @@ def apply(
                 module.attention_chunk = chunk
             if hasattr(module, "kernels"):
                 module.kernels = kernels
+            if hasattr(module, "fused"):
+                module.fused = fused
         if kind != "none":
             block.forward = _checkpointed(kind, block)
 

@@ -26,24 +26,42 @@ from fdscale.kernels import compiled, reference, tiled
 
 VARIABLE = "FDSCALE_KERNELS"
 NAMES = ("reference", "torch", "triton", "cuda")
+FASTEST = ("cuda", "triton")  # what `auto` tries on a GPU, in this order
 MASKS = {"-100": reference.MASKED, "-inf": -math.inf}  # added between tokens that the roll made neighbours
 
 
 def choose(wanted: str, device: torch.device) -> str:
     """What computes window attention on a device, one of NAMES: what is wanted, or what the environment variable says.
 
-    auto: the reference, until another one is measured to be better. Raises UserError for an unknown name, and for one
-    that cannot run there.
+    auto: on a GPU the first of FASTEST that can run there and passes its self-check (kernels/check.py), else the
+    reference. Raises UserError for an unknown name, and for one that cannot run there.
     """
-    name, origin = wanted, "memory.kernels"
-    if os.environ.get(VARIABLE):
-        name, origin = os.environ[VARIABLE], f"the environment variable {VARIABLE}"
+    name, origin = asked(wanted)
     if name not in ("auto", *NAMES):
         raise UserError(f"{origin} is {name!r}; expected auto, {', '.join(NAMES)}")
-    name = "reference" if name == "auto" else name
+    if name == "auto":
+        return automatic(device)
     if why := cannot_run(name, device):
         raise UserError(f"{origin} is {name}, which cannot run here: {why}; choose auto")
     return name
+
+
+def asked(wanted: str) -> tuple[str, str]:
+    """What is asked for, and what says so: the config, or the environment variable over it."""
+    if os.environ.get(VARIABLE):
+        return os.environ[VARIABLE], f"the environment variable {VARIABLE}"
+    return wanted, "memory.kernels"
+
+
+def automatic(device: torch.device) -> str:
+    """What `auto` takes on a device, after its self-check."""
+    from fdscale.kernels import check  # which imports this
+
+    if device.type == "cuda":
+        for name in FASTEST:
+            if cannot_run(name, device) is None and check.attention_is_right(name, device):
+                return name
+    return "reference"
 
 
 def cannot_run(name: str, device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdscale.kernels.layer_norm import layer_norm
+from fdscale.kernels.rows import can_run, residual_norm
 
 INIT_STD = 0.02
 
@@ -29,6 +30,21 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class ResidualNorm(LayerNorm):
+    """x + keep * LN(branch): the norm behind a branch, with the addition that follows it (SwinV2 section 3.2).
+
+    fused: one kernel for it all where it can run (kernels/rows.py); set from outside. Parameters are a LayerNorm's.
+    """
+
+    fused = False
+
+    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+        """x, branch (B, ..., C); keep (B,) or None for 1."""
+        if self.fused and can_run(x.device):
+            return residual_norm(x, branch, keep, self.weight, self.bias, self.eps)
+        return add_branch(x, super().forward(branch), keep)
 
 
 class PatchEmbed(nn.Module):

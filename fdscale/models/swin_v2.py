@@ -22,7 +22,7 @@ from fdscale.models.layers import (
     LayerNorm,
     Mlp,
     PatchEmbed,
-    add_branch,
+    ResidualNorm,
     block_masks,
     initialise_unless_meta,
     pair,
@@ -84,16 +84,16 @@ class Block(nn.Module):
     def __init__(self, width: int, hidden: int, extra_norm: bool, **attention: Any) -> None:
         super().__init__()
         self.attn = WindowAttention(width, **attention)
-        self.norm1 = LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = ResidualNorm(width, eps=NORM_EPS)
         self.mlp = Mlp(width, hidden)
-        self.norm2 = LayerNorm(width, eps=NORM_EPS)
+        self.norm2 = ResidualNorm(width, eps=NORM_EPS)
         self.enorm = LayerNorm(width, eps=NORM_EPS) if extra_norm else None
 
     def forward(self, x: Tensor, keep: Tensor | None = None) -> Tensor:
         """x (B, H, W, C); keep (2, B) factors of the two branches, or None for 1."""
         first, second = (None, None) if keep is None else keep
-        x = add_branch(x, self.norm1(self.attn(x)), first)
-        x = add_branch(x, self.norm2(self.mlp(x)), second)
+        x = self.norm1(x, self.attn(x), first)
+        x = self.norm2(x, self.mlp(x), second)
         return x if self.enorm is None else self.enorm(x)
 
 
