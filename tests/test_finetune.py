@@ -133,7 +133,7 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     student = (f"student.args={{{larger}, final_norm: false, layer_scale: 0}}", "classify.head_scale=1")
     rates = (
         "data.scale=[0.9, 1]",
-        "optim.lr=5e-3",
+        "optim.lr=2e-3",
         "optim.layer_decay=1",
         "optim.ema=0.9",
         "optim.batch_size=32",

@@ -191,3 +191,16 @@ def test_stages_that_differ_are_named_apart():
     assert student.about_kernels(net)[0] == (
         "window attention: stages 1-2 by triton (windows 8, 8), stage 3 by reference (window 4 x 8)"
     )
+
+
+def test_where_one_rank_leaves_a_kernel_out_all_do(monkeypatch):
+    settings = SimpleNamespace(memory=SimpleNamespace(kernels="auto"))
+    monkeypatch.setattr(student.dist, "device", lambda: GPU)
+    monkeypatch.setattr(student.attention, "choose", lambda *_: "triton")
+    monkeypatch.setattr(student.check, "fuses", lambda *_: True)
+    assert student.kernels_of(settings) == ("triton", True)
+    for other in (("reference", False), ("triton", False)):
+        monkeypatch.setattr(student.dist, "gather", lambda mine, other=other: [mine, other])
+        assert student.kernels_of(settings) == ("reference", False)
+    settings.memory.kernels = "triton"  # by name there is nothing to agree on
+    assert student.kernels_of(settings) == ("triton", True)
