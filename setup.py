@@ -1,8 +1,12 @@
-"""Packaging of fdscale. Installing never compiles anything: fused kernels are built only on request."""
+"""Packaging of fdscale. Installing compiles nothing, except the CUDA kernels where FDSCALE_BUILD_CUDA is 1."""
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
@@ -10,12 +14,23 @@ HERE = Path(__file__).parent
 
 
 class Build(build_py):
-    """Also takes the job scripts along, which stand beside the package."""
+    """Also takes the job scripts along, which stand beside the package, and builds the CUDA kernels where asked to."""
 
     def run(self):
         super().run()
+        package = HERE / "fdscale" if self.editable_mode else Path(self.build_lib, "fdscale").resolve()
         if not self.editable_mode:
-            shutil.copytree(HERE / "slurm", Path(self.build_lib, "fdscale", "slurm"), dirs_exist_ok=True)
+            shutil.copytree(HERE / "slurm", package / "slurm", dirs_exist_ok=True)
+        if os.environ.get("FDSCALE_BUILD_CUDA") == "1":
+            out = package / "kernels" / "libfdscale_cuda.so"
+            subprocess.run([sys.executable, HERE / "fdscale" / "kernels" / "build.py", "--out", out], check=True)
+
+
+class Distribution(setuptools.Distribution):
+    """With the kernels the package is of one platform, without them of all."""
+
+    def has_ext_modules(self):
+        return os.environ.get("FDSCALE_BUILD_CUDA") == "1"
 
 
 setup(
@@ -28,7 +43,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["fdscale", "fdscale.*"]),
     cmdclass={"build_py": Build},
-    package_data={"fdscale": ["recipes/*.yaml", "data/*.c", "py.typed"]},
+    distclass=Distribution,
+    package_data={"fdscale": ["recipes/*.yaml", "data/*.c", "kernels/cuda/*", "py.typed"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",

@@ -21,6 +21,7 @@ from fdscale.data.features import Features, Plan
 from fdscale.data.index import Index
 from fdscale.data.stream import chosen_batches
 from fdscale.inputs import Inputs, heldout_batches, open_inputs, training_batches, training_samples
+from fdscale.kernels import check
 from fdscale.models.pairing import Pairing, pair
 from fdscale.models.teachers import Teacher, load_teacher
 from fdscale.objective import Distiller
@@ -102,7 +103,7 @@ def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, D
     pairing = pair(backbone.prefix, backbone.grid(size), teacher.prefix, teacher.grid(size), settings.teacher.resample)
     with torch.device("meta"):
         module = Distiller(backbone, teacher.width, settings.objective.beta, pairing.align_student)
-    _, module.fused = student.kernels_of(settings)
+    module.fused = check.fuses(settings.memory.kernels, dist.device())
     return pairing, module
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fdscale import UserError, config, dist, student
 from fdscale.data.augment import eval_view
 from fdscale.data.index import Index
-from fdscale.engine import checkpoint, ema
+from fdscale.engine import checkpoint, ema, memory
 from fdscale.engine.initialize import materialise, prepare_environment
 from fdscale.inputs import CLIP_STATISTICS, MEAN, STD, heldout_batches, normalise, open_heldout, to_device
 from fdscale.kernels import check
@@ -65,6 +65,7 @@ def measure(
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     classifier = student.build_classifier(settings, student.build(settings))
+    memory.agree_on_kernels(classifier)
     file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
     loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)
     precision = getattr(torch, dtype)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fdscale import UserError, config, dist
 from fdscale.data import jpeg
-from fdscale.engine import checkpoint
+from fdscale.engine import checkpoint, memory
 from fdscale.engine.ds_config import bf16
 from fdscale.engine.guard import Detours, Guard
 from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
@@ -89,6 +89,7 @@ def run_job(
     task = build()
     clock.mark("build")
     dist.init()
+    memory.agree_on_kernels(task.module)
     clock.mark("init")
     run = Run(directory, task.inputs.settings, clock)
 

@@ -40,22 +40,11 @@ def build(settings: config.Config) -> Any:
     """
     student = backbone(settings)
     student.drop_path_seed = settings.student.seed
-    kernels, fused = kernels_of(settings)
-    memory.apply(student, settings.memory.checkpoint, settings.memory.attention_chunk, kernels, fused)
+    policy = settings.memory
+    kernels = attention.choose(policy.kernels, dist.device())
+    fused = check.fuses(policy.kernels, dist.device())
+    memory.apply(student, policy.checkpoint, policy.attention_chunk, kernels, fused)
     return student
-
-
-def kernels_of(settings: config.Config) -> tuple[str, bool]:
-    """What computes window attention, and whether norm and loss are fused: the same on all ranks, which all must ask.
-
-    Where it was `auto` and they would differ, as when one GPU fails the self-check, nobody takes kernels. Raises
-    UserError as `attention.choose`.
-    """
-    wanted = settings.memory.kernels
-    mine = attention.choose(wanted, dist.device()), check.fuses(wanted, dist.device())
-    if attention.asked(wanted)[0] == "auto" and set(dist.gather(mine)) != {mine}:
-        return "reference", False
-    return mine
 
 
 def about_kernels(backbone: Any) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from fdscale import UserError
+from fdscale import UserError, dist
 
 
 def per_stage(values: Sequence[Any], depths: Sequence[int], key: str) -> list[Any]:
@@ -53,6 +53,17 @@ def apply(
                 module.fused = fused
         if kind != "none":
             block.forward = _checkpointed(kind, block)
+
+
+def agree_on_kernels(module: nn.Module) -> None:
+    """Where the ranks' kernels differ, as when one GPU fails its self-check, nobody takes any. A collective."""
+    parts = [part for part in module.modules() if hasattr(part, "kernels") or hasattr(part, "fused")]
+    mine = [(getattr(part, "kernels", None), getattr(part, "fused", None)) for part in parts]
+    if any(theirs != mine for theirs in dist.gather(mine)):
+        for part in parts:
+            for name, plain in (("kernels", "reference"), ("fused", False)):
+                if hasattr(part, name):
+                    setattr(part, name, plain)
 
 
 def _checkpointed(kind: str, block: nn.Module) -> Callable[..., Any]:

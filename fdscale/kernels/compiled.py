@@ -35,7 +35,10 @@ def library() -> ctypes.CDLL:
 def cannot_run(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None."""
     if not LIBRARY.exists():
-        return "its library is not built (python -m fdscale.kernels.build does it, and needs nvcc)"
+        return (
+            "its library is not built (python -m fdscale.kernels.build does it; it needs nvcc, and the driver of that "
+            "CUDA: 525.60 or later for 12, 580.65 or later for 13)"
+        )
     try:
         lib = library()
     except OSError as error:

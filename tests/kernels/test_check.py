@@ -9,6 +9,7 @@ import torch
 from helpers import TINY
 
 from fdscale import config, student
+from fdscale.engine import memory
 from fdscale.kernels import attention, check, tiled
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
@@ -194,13 +195,14 @@ def test_stages_that_differ_are_named_apart():
 
 
 def test_where_one_rank_leaves_a_kernel_out_all_do(monkeypatch):
-    settings = SimpleNamespace(memory=SimpleNamespace(kernels="auto"))
-    monkeypatch.setattr(student.dist, "device", lambda: GPU)
-    monkeypatch.setattr(student.attention, "choose", lambda *_: "triton")
-    monkeypatch.setattr(student.check, "fuses", lambda *_: True)
-    assert student.kernels_of(settings) == ("triton", True)
-    for other in (("reference", False), ("triton", False)):
-        monkeypatch.setattr(student.dist, "gather", lambda mine, other=other: [mine, other])
-        assert student.kernels_of(settings) == ("reference", False)
-    settings.memory.kernels = "triton"  # by name there is nothing to agree on
-    assert student.kernels_of(settings) == ("triton", True)
+    network = student.backbone(config.load("demo", list(TINY)))
+    memory.apply(network, kernels="triton", fused=True)
+    chosen = lambda: [  # noqa: E731
+        (getattr(part, "kernels", None), getattr(part, "fused", None)) for part in network.modules()
+    ]
+    before = chosen()
+    memory.agree_on_kernels(network)
+    assert chosen() == before
+    monkeypatch.setattr(memory.dist, "gather", lambda mine: [mine, [("reference", None), *mine[1:]]])
+    memory.agree_on_kernels(network)
+    assert set(chosen()) == {(None, None), ("reference", None), (None, False)}

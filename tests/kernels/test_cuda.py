@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 import subprocess
 import sys
+import zipfile
 from functools import partial
 
 import pytest
 import torch
 from cases import ADVERSARIAL, assert_as_exact_as_eager, gradients, leaves_of, random_inputs
+from helpers import ROOT, outside
 
 from fdscale import UserError
 from fdscale.bench.attention import official
@@ -187,18 +190,32 @@ def test_without_nvcc_the_build_says_what_to_do(monkeypatch, tmp_path):
         build.build(tmp_path / "out.so")
 
 
-def test_the_library_is_built_loaded_and_says_that_there_is_no_gpu(tmp_path, monkeypatch):
+def test_setup_builds_the_library_into_the_wheel_and_it_loads(tmp_path, monkeypatch):
+    """Without a GPU it says so. Without FDSCALE_BUILD_CUDA nothing is built, and the sources come along."""
     try:
         build.find_nvcc()
     except SystemExit as reason:
         pytest.skip(str(reason))
-    out = tmp_path / "library.so"
-    command = [sys.executable, "-m", "fdscale.kernels.build", "--out", str(out), "--capabilities", "80"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "compute capability 8.0" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["library.so"]
-    monkeypatch.setattr(compiled, "LIBRARY", out)
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "fdscale", source / "fdscale", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copytree(ROOT / "slurm", source / "slurm")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", str(source)]
+    files = {}
+    for asked in ("0", "1"):
+        out = tmp_path / asked
+        env = outside() | {"FDSCALE_BUILD_CUDA": asked}
+        done = subprocess.run([*command, "-w", str(out)], capture_output=True, text=True, timeout=600, env=env)
+        assert done.returncode == 0, done.stderr[-4000:]
+        (wheel,) = out.iterdir()
+        assert wheel.name.endswith("none-any.whl") is (asked == "0")
+        zipfile.ZipFile(wheel).extractall(out / "files")
+        files[asked] = {path.relative_to(out / "files").as_posix() for path in (out / "files").rglob("*.*")}
+    library = "fdscale/kernels/libfdscale_cuda.so"
+    assert {path for path in files["1"] - files["0"] if "dist-info" not in path} == {library}
+    assert "fdscale/kernels/cuda/forward.cu" in files["0"]
+    monkeypatch.setattr(compiled, "LIBRARY", tmp_path / "1" / "files" / library)
     compiled.library.cache_clear()
     assert compiled.cannot_run(torch.device("cpu")) == "it needs an NVIDIA GPU"
     if not torch.cuda.is_available():
