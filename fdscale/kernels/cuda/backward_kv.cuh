@@ -1,5 +1,5 @@
-// Backward for k and v: a warp holds Q patches of keys and walks over all queries of its window. Scores are transposed: a
-// row of a tile is a key, a column a query.
+// Backward for k and v: a warp holds Q patches of keys and walks over all queries of its window. Scores are transposed:
+// a row of a tile is a key, a column a query.
 #pragma once
 
 #include "backward_q.cuh"
@@ -23,7 +23,8 @@ struct BackwardKVMemory : Memory {
 };
 
 template <class T, int PW, int MT, bool MASKED>
-KERNEL(MAX_WARPS * 32) backward_kv_kernel(const Problem p) {
+KERNEL(MAX_WARPS * 32)
+backward_kv_kernel(const Problem p) {
     constexpr int Q = 2 * MT;
     SHARED_MEMORY(shared);
     const BackwardKVMemory<PW, Q> memory(p);

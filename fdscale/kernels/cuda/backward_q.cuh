@@ -1,5 +1,5 @@
-// Backward for q, the table and the scale: a warp holds Q patches of queries in every window of its share in turn, walks
-// over all keys, and adds up the table's gradient over these windows in a part of its own.
+// Backward for q, the table and the scale: a warp holds Q patches of queries in every window of its share in turn,
+// walks over all keys, and adds up the table's gradient over these windows in a part of its own.
 //
 // `delta`, the row sums of grad * out, comes from the rounded result first. Then the gradients of a row's scores do not
 // sum up to zero: what is missing in delta, for the scale's gradient and for the kernel that follows.
@@ -99,7 +99,8 @@ INLINE void write_sums(const Problem& p, const TablePart<PW>& part, const float*
 }
 
 template <class T, int PW, int MT, bool MASKED>
-KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
+KERNEL(MAX_WARPS * 32)
+backward_q_kernel(const Problem p) {
     constexpr int Q = 2 * MT;
     SHARED_MEMORY(shared);
     const BackwardQMemory<PW, Q> memory(p);
@@ -133,13 +134,15 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
     for (int n = blockIdx.x * share; n < end; ++n) {
         const int* tokens = p.tokens + (size_t)(n % p.windows) * slots;
         const int* regions = p.regions + (size_t)(n % p.windows) * slots;
-        const size_t base = (size_t)(n / p.windows) * p.size, row_base = ((size_t)n * p.heads + head) * p.window_rows * p.window_columns;
+        const size_t base = (size_t)(n / p.windows) * p.size,
+                     row_base = ((size_t)n * p.heads + head) * p.window_rows * p.window_columns;
         const uint16_t* qkv = static_cast<const uint16_t*>(p.qkv) + base * 3 * width + head * HEAD;
         const auto begin_chunk = [&](const Chunk& chunk) {
             const int at = chunk.parity * chunk_bytes;
             const int* theirs = tokens + chunk.slot;
             begin_rows(shared + memory.keys + at, qkv + width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
-            begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
+            begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, chunk_slots, 3 * width, threadIdx.x,
+                       blockDim.x);
         };
         sync_block();  // the window before is no longer read
         if (tile.there) {
@@ -151,14 +154,15 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
 
         uint32_t queries[MT][2][4], grads[MT][2][4];
         float d_query[MT][4][4];
-        float missing[MT][4] = {}, average[Q] = {};  // of a row: the sum of its scores' gradients, of weight times cosine
+        float missing[MT][4] = {},
+              average[Q] = {};  // of a row: the sum of its scores' gradients, of weight times cosine
         int query_region[Q] = {};
         for (int m = 0; m < MT; ++m)
             for (int j = 0; j < 4; ++j)
                 for (int e = 0; e < 4; ++e) d_query[m][j][e] = 0.f;
 
         for (int index = 0; index < Chunk::count(p); ++index) {
-        const Chunk chunk(p, index);
+            const Chunk chunk(p, index);
             unsigned char* keys = shared + memory.keys + chunk.parity * chunk_bytes;
             unsigned char* values = shared + memory.values + chunk.parity * chunk_bytes;
             wait_for_copies();
@@ -166,8 +170,7 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
             if (index + 1 < Chunk::count(p)) begin_chunk(Chunk(p, index + 1));
             normalise<T>(keys, chunk_slots, nullptr, threadIdx.x, blockDim.x);
             if (MASKED)
-                for (int i = threadIdx.x; i < chunk_slots; i += blockDim.x)
-                    key_regions[i] = regions[chunk.slot + i];
+                for (int i = threadIdx.x; i < chunk_slots; i += blockDim.x) key_regions[i] = regions[chunk.slot + i];
             if (index == 0 && tile.there) {
                 const uint16_t* out = static_cast<const uint16_t*>(p.out) + base * width + head * HEAD;
                 normalise<T>(own_queries, Q * 8, own_inverse, warp.lane, 32);
@@ -224,7 +227,8 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
                             }
                             const float p0 = exp2_of(s0), p1 = exp2_of(s1);
                             const float ds0 = p0 * d[2 * half], ds1 = p1 * d[2 * half + 1];
-                            average[2 * m + half] = fmaf(p0, c[2 * half], fmaf(p1, c[2 * half + 1], average[2 * m + half]));
+                            average[2 * m + half] =
+                                fmaf(p0, c[2 * half], fmaf(p1, c[2 * half + 1], average[2 * m + half]));
                             sums.of[2 * m + half].x += ds0;
                             sums.of[2 * m + half].y += ds1;
                             by_score[m][2 * u + half] = T::pack(ds0, ds1);
@@ -269,7 +273,8 @@ KERNEL(MAX_WARPS * 32) backward_q_kernel(const Problem p) {
 
 // The parts of all blocks, in their order. A thread for each number of a head's table, and one for its scale.
 template <int PW, int Q>
-KERNEL(256) add_parts_kernel(const Problem p) {
+KERNEL(256)
+add_parts_kernel(const Problem p) {
     const int across = 2 * p.window_columns - 1, area = (2 * p.window_rows - 1) * across, head = blockIdx.y;
     const int i = blockIdx.x * blockDim.x + threadIdx.x;
     if (i > area) return;

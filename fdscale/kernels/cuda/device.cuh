@@ -1,8 +1,8 @@
 // What the kernels use of a GPU, under names of their own: matrix products of a warp, copies into shared memory,
 // exchange between lanes. tests/kernels/emulated/device.cuh has the same names for a CPU.
 //
-// Lanes of a warp are numbered 4 g + t, g < 8, t < 4. A fragment of a 16 x 8 result holds, in every lane, columns 2t and
-// 2t + 1 of row g (elements 0, 1) and of row g + 8 (2, 3).
+// Lanes of a warp are numbered 4 g + t, g < 8, t < 4. A fragment of a 16 x 8 result holds, in every lane, columns 2t
+// and 2t + 1 of row g (elements 0, 1) and of row g + 8 (2, 3).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -42,8 +42,7 @@ INLINE void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 
 template <>
 INLINE void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
@@ -51,8 +50,7 @@ INLINE void multiply<BFloat16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b
 
 template <>
 INLINE void multiply<Float16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
         "{%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
@@ -87,7 +85,10 @@ INLINE void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory");
 // Two numbers of shared memory, loaded even if they are at hand.
 INLINE float2 load_anew(const void* from) {
     float2 x;
-    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(shared_address(from)) : "memory");
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];"
+                 : "=f"(x.x), "=f"(x.y)
+                 : "r"(shared_address(from))
+                 : "memory");
     return x;
 }
 
@@ -104,7 +105,8 @@ INLINE void sync_block() { __syncthreads(); }
 
 // Launch; 0 or the error's number. A block may have as much shared memory as the device allows.
 template <class Arguments>
-int launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, void* stream, const Arguments& arguments) {
+int launch(void (*kernel)(Arguments), dim3 grid, int threads, int shared_bytes, void* stream,
+           const Arguments& arguments) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
     kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(arguments);

@@ -1,8 +1,8 @@
 // Forward: a warp holds Q patches of queries and walks over all keys of its window.
 //
 // A row's largest score is at most the scale (cosines are at most 1) plus the table's largest number. Where all scores
-// lie so near to it that exp2 can express them, it is subtracted, and no maximum is looked for. Else the largest score so
-// far is subtracted, and moved only by one that exceeds it more than 2^8 times.
+// lie so near to it that exp2 can express them, it is subtracted, and no maximum is looked for. Else the largest score
+// so far is subtracted, and moved only by one that exceeds it more than 2^8 times.
 #pragma once
 
 #include "walk.cuh"
@@ -69,7 +69,8 @@ struct Softmax {
 };
 
 template <class T, int PW, int MT, bool MASKED>
-KERNEL(MAX_WARPS * 32) forward_kernel(const Problem p) {
+KERNEL(MAX_WARPS * 32)
+forward_kernel(const Problem p) {
     constexpr int Q = 2 * MT;
     SHARED_MEMORY(shared);
     const ForwardMemory<PW, Q> memory(p);
@@ -78,7 +79,8 @@ KERNEL(MAX_WARPS * 32) forward_kernel(const Problem p) {
     const int n = blockIdx.x, head = blockIdx.y, slots = p.columns * p.rows * 8, width = p.heads * HEAD;
     const int* tokens = p.tokens + (size_t)(n % p.windows) * slots;
     const int* regions = p.regions + (size_t)(n % p.windows) * slots;
-    const uint16_t* qkv = static_cast<const uint16_t*>(p.qkv) + (size_t)(n / p.windows) * p.size * 3 * width + head * HEAD;
+    const uint16_t* qkv =
+        static_cast<const uint16_t*>(p.qkv) + (size_t)(n / p.windows) * p.size * 3 * width + head * HEAD;
     float* table = reinterpret_cast<float*>(shared + memory.table);
     int* key_regions = reinterpret_cast<int*>(shared + memory.regions);
     unsigned char* mine = shared + memory.queries + warp.index * Q * 8 * ROW_BYTES;
@@ -88,7 +90,8 @@ KERNEL(MAX_WARPS * 32) forward_kernel(const Problem p) {
         const int at = chunk.parity * chunk_bytes;
         const int* theirs = tokens + chunk.slot;
         begin_rows(shared + memory.keys + at, qkv + width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
-        begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, chunk_slots, 3 * width, threadIdx.x, blockDim.x);
+        begin_rows(shared + memory.values + at, qkv + 2 * width, theirs, chunk_slots, 3 * width, threadIdx.x,
+                   blockDim.x);
     };
     if (tile.there) begin_rows(mine, qkv, tokens + tile.slot, Q * 8, 3 * width, warp.lane, 32);
     begin_chunk(Chunk(p, 0));
@@ -138,14 +141,15 @@ KERNEL(MAX_WARPS * 32) forward_kernel(const Problem p) {
                     if (MASKED) region = *reinterpret_cast<const int2*>(key_regions + (row + u) * 8 + 2 * warp.t);
 #pragma unroll
                     for (int m = 0; m < MT; ++m) {
-                        const float upper = MOVES ? softmax.start[2 * m] : 0.f, lower = MOVES ? softmax.start[2 * m + 1] : 0.f;
+                        const float upper = MOVES ? softmax.start[2 * m] : 0.f,
+                                    lower = MOVES ? softmax.start[2 * m + 1] : 0.f;
                         float c[4] = {upper, upper, lower, lower};
                         multiply<T>(c, queries[m][0], key[0], key[1], c);
                         multiply<T>(c, queries[m][1], key[2], key[3], c);
 #pragma unroll
                         for (int half = 0; half < 2; ++half) {
                             const float2 bias = biases.of[2 * m + half];
-                            float *const to = s[m][u] + 2 * half;
+                            float* const to = s[m][u] + 2 * half;
                             to[0] = fmaf(c[2 * half], softmax.scale, bias.x);
                             to[1] = fmaf(c[2 * half + 1], softmax.scale, bias.y);
                             if (MASKED) {

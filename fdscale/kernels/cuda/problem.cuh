@@ -1,47 +1,49 @@
 // What all kernels of window attention share: the call, the order of tokens, and loads and stores of rows.
 //
 // Tokens of a window are taken in patches of 8, PW wide and 8 / PW high; a window is `columns` x `rows` patches, and a
-// token's slot is (patch column, patch row, token of the patch) in that order, so that a column of patches is contiguous.
-// Slots without a token (the window is not whole patches, or the map not whole windows) have token and region -1.
+// token's slot is (patch column, patch row, token of the patch) in that order, so that a column of patches is
+// contiguous. Slots without a token (the window is not whole patches, or the map not whole windows) have token and
+// region -1.
 //
 // Why patches: the bias of an 8 x 8 tile of scores depends only on the displacement of its two patches. A warp holds Q
-// patches that lie below one another and walks down a column of the other side: each step moves the displacements by one,
-// so one load of two numbers serves the new displacement, and the others move on from register to register; the table's
-// gradient is added up in registers that move in the same way.
+// patches that lie below one another and walks down a column of the other side: each step moves the displacements by
+// one, so one load of two numbers serves the new displacement, and the others move on from register to register; the
+// table's gradient is added up in registers that move in the same way.
 //
 // Letters: h heads of 32 channels, N tokens of a window, n windows of all images. Scores are in units of log 2.
 #pragma once
 
 #include <device.cuh>
 
-constexpr int HEAD = 32;        // channels of a head
-constexpr int ROW_BYTES = 64;   // of a token, in shared memory
+constexpr int HEAD = 32;       // channels of a head
+constexpr int ROW_BYTES = 64;  // of a token, in shared memory
 constexpr int MAX_WARPS = 8;
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LARGEST_SCALE = 4.605170185988092f;  // ln 100, arXiv 2111.09883 section 3.2
-constexpr float SMALLEST_SCALE = 1e-6f;  // changes no weight in float32
+constexpr float SMALLEST_SCALE = 1e-6f;              // changes no weight in float32
 
-struct Problem {  // as `Problem` of compiled.py
-    const void* qkv;           // (B, size, 3 h 32)
-    const float* table;        // (h, 2 Wh - 1, 2 Ww - 1)
-    const float* logit_scale;  // (h,)
-    const int* tokens;         // (windows, columns * rows * 8)
-    const int* regions;        // the same
-    void* out;                 // (B, size, h 32)
-    float* lse;                // (n, h, N), in units of log 2
-    const void* grad;          // as out
-    float* delta;              // (n, h, N), row sums of grad * out
-    void* d_qkv;               // as qkv
-    float* table_parts;        // (shares, h, groups, table rows of a block, table columns)
-    float* scale_parts;        // (shares, h, groups)
-    float* d_table;            // as table
-    float* d_scale;            // as logit_scale
-    float masked;              // added between regions
+struct Problem {                      // as `Problem` of compiled.py
+    const void* qkv;                  // (B, size, 3 h 32)
+    const float* table;               // (h, 2 Wh - 1, 2 Ww - 1)
+    const float* logit_scale;         // (h,)
+    const int* tokens;                // (windows, columns * rows * 8)
+    const int* regions;               // the same
+    void* out;                        // (B, size, h 32)
+    float* lse;                       // (n, h, N), in units of log 2
+    const void* grad;                 // as out
+    float* delta;                     // (n, h, N), row sums of grad * out
+    void* d_qkv;                      // as qkv
+    float* table_parts;               // (shares, h, groups, table rows of a block, table columns)
+    float* scale_parts;               // (shares, h, groups)
+    float* d_table;                   // as table
+    float* d_scale;                   // as logit_scale
+    float masked;                     // added between regions
     int size, heads, windows, count;  // tokens of a map; windows of an image, and of all
     int window_rows, window_columns, columns, rows, walked;  // walked: patch rows with tokens, in whole chunks
-    int chunk;                  // patch rows of a column that are in shared memory at a time, even
-    int warps, groups, shares;  // of a block; blocks of all tiles of a window; and of all windows, in the backward for q
-    int block_rows;             // patch rows that the tiles of a block span, at most
+    int chunk;  // patch rows of a column that are in shared memory at a time, even
+    int warps, groups,
+        shares;      // of a block; blocks of all tiles of a window; and of all windows, in the backward for q
+    int block_rows;  // patch rows that the tiles of a block span, at most
     void* stream;
 };
 
@@ -76,7 +78,8 @@ INLINE void begin_rows(unsigned char* to, const void* from, const int* tokens, i
                        int threads) {
     for (int i = first; i < count * 4; i += threads) {
         const int row = i >> 2, chunk = i & 3, token = tokens[row];
-        const uint16_t* source = static_cast<const uint16_t*>(from) + (token < 0 ? 0 : (size_t)token * stride) + chunk * 8;
+        const uint16_t* source =
+            static_cast<const uint16_t*>(from) + (token < 0 ? 0 : (size_t)token * stride) + chunk * 8;
         copy16(chunk_at(to, row, chunk), source, token >= 0);
     }
 }
@@ -131,7 +134,8 @@ INLINE void load_rows_right(uint32_t (&low)[4], uint32_t (&high)[4], unsigned ch
 
 // Fragments of 16 rows, times a factor for row g and one for row g + 8, to rows in shared memory.
 template <class T>
-INLINE void put_rows(unsigned char* rows, int first, const float (&x)[4][4], float upper, float lower, const Warp& warp) {
+INLINE void put_rows(unsigned char* rows, int first, const float (&x)[4][4], float upper, float lower,
+                     const Warp& warp) {
     for (int j = 0; j < 4; ++j) {
         uint32_t* at = reinterpret_cast<uint32_t*>(chunk_at(rows, first + warp.g, j));
         at[warp.t] = T::pack(x[j][0] * upper, x[j][1] * upper);
@@ -179,8 +183,8 @@ struct Tile {
 
 // The part of the table that a block reads, and its place in shared memory.
 //
-// The displacements (query - key) between the patches that its warps hold, queries or keys, and all others, with a column
-// for each displacement along x.
+// The displacements (query - key) between the patches that its warps hold, queries or keys, and all others, with a
+// column for each displacement along x.
 template <int PW>
 struct TablePart {
     static constexpr int PH = 8 / PW;

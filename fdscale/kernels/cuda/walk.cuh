@@ -48,8 +48,8 @@ struct Biases {
 // Sums of the scores' gradients of Q held query patches, by displacement, added to a warp's own part of the table.
 //
 // A sum that no held patch will add to any more leaves: its 8 x 8 tile goes through shared memory, where a lane adds up
-// what belongs to one cell of the table. The tile lies there among zeros, so that the lane reads 8 numbers, whether or not
-// so many pairs of tokens are so far apart. Two leave at a time.
+// what belongs to one cell of the table. The tile lies there among zeros, so that the lane reads 8 numbers, whether or
+// not so many pairs of tokens are so far apart. Two leave at a time.
 template <int PW, int Q>
 struct Sums {
     static constexpr int PH = 8 / PW;

@@ -1,9 +1,9 @@
 // The names of fdscale/kernels/cuda/device.cuh on a CPU, so that the kernels' own source runs without a GPU.
 //
-// Threads of a block are contexts that take turns in an order drawn at random, and give up their turn only where a GPU's
-// threads wait for each other. Meant to find what a wrong kernel does: shared memory begins as NaN, a copy arrives as late
-// as it may (and what it will overwrite is NaN from its beginning on), what lies around shared memory is checked, and a
-// warp or block of which not all threads arrive at the same place is an error.
+// Threads of a block are contexts that take turns in an order drawn at random, and give up their turn only where a
+// GPU's threads wait for each other. Meant to find what a wrong kernel does: shared memory begins as NaN, a copy
+// arrives as late as it may (and what it will overwrite is NaN from its beginning on), what lies around shared memory
+// is checked, and a warp or block of which not all threads arrive at the same place is an error.
 #pragma once
 
 #include <ucontext.h>
@@ -32,9 +32,15 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
     dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(8) float2 { float x, y; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(8) int2 {
+    int x, y;
+};
+struct alignas(16) uint4 {
+    uint32_t x, y, z, w;
+};
 using std::max;
 using std::min;
 
@@ -43,7 +49,11 @@ namespace emulator {
 constexpr int STACK = 128 << 10, GUARD = 4096;
 enum Place { NOWHERE, BLOCK, WARP, MULTIPLY_BF16, MULTIPLY_FP16, TILES, TILES_TRANSPOSED, EXCHANGE, VOTE };
 
-struct Copy { void* to; const void* from; bool there; };
+struct Copy {
+    void* to;
+    const void* from;
+    bool there;
+};
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
@@ -73,8 +83,8 @@ inline void stop_turn() { swapcontext(&now->context, &scheduler); }
 
 [[noreturn]] inline void fail(const std::string& what) {
     if (trouble.empty())
-        trouble = what + " (thread " + std::to_string(now->thread.x) + " of block " + std::to_string(block_index.x) + ", " +
-                  std::to_string(block_index.y) + ", " + std::to_string(block_index.z) + ")";
+        trouble = what + " (thread " + std::to_string(now->thread.x) + " of block " + std::to_string(block_index.x) +
+                  ", " + std::to_string(block_index.y) + ", " + std::to_string(block_index.z) + ")";
     for (;;) stop_turn();
 }
 
@@ -211,7 +221,12 @@ struct Float16 {
 // Layouts: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
 template <class T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const float (&c)[4]) {
-    struct Lane { float* d; const uint32_t* a; uint32_t b[2]; const float* c; } mine{d, a, {b0, b1}, c};
+    struct Lane {
+        float* d;
+        const uint32_t* a;
+        uint32_t b[2];
+        const float* c;
+    } mine{d, a, {b0, b1}, c};
     const auto place = T::small_exponent ? emulator::MULTIPLY_FP16 : emulator::MULTIPLY_BF16;
     emulator::meet_warp(place, &mine, [](void** lanes) {
         float left[16][16], right[16][8];
@@ -244,7 +259,10 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, c
 
 template <bool TRANSPOSED>
 void load_tiles_as(uint32_t (&tiles)[4], const void* row) {
-    struct Lane { uint32_t* tiles; const unsigned char* row; } mine{tiles, static_cast<const unsigned char*>(row)};
+    struct Lane {
+        uint32_t* tiles;
+        const unsigned char* row;
+    } mine{tiles, static_cast<const unsigned char*>(row)};
     if (mine.row < emulator::shared || mine.row + 16 > emulator::shared + emulator::shared_bytes ||
         (mine.row - emulator::shared) % 16)
         emulator::fail("a tile's row is not in shared memory, or not at 16 bytes");
@@ -274,8 +292,7 @@ inline void copy16(void* to, const void* from, bool there) {
 }
 
 inline void wait_for_copies() {
-    for (const auto& copy : emulator::now->copies)
-        copy.there ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+    for (const auto& copy : emulator::now->copies) copy.there ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
     emulator::now->copies.clear();
 }
 
@@ -286,7 +303,10 @@ inline float exp2_of(float x) { return flushed(std::exp2(flushed(x))); }
 inline float log2_of(float x) { return std::log2(x); }
 
 inline float from_lane_xor(float x, int mask) {
-    struct Lane { float x; int mask; } mine{x, mask};
+    struct Lane {
+        float x;
+        int mask;
+    } mine{x, mask};
     emulator::meet_warp(emulator::EXCHANGE, &mine, [](void** lanes) {
         float all[32];
         for (int i = 0; i < 32; ++i) all[i] = static_cast<Lane*>(lanes[i ^ static_cast<Lane*>(lanes[i])->mask])->x;
@@ -304,7 +324,9 @@ inline bool any_lane(bool x) {
     return x;
 }
 
-inline void sync_warp() { emulator::meet_warp(emulator::WARP, nullptr, [](void**) {}); }
+inline void sync_warp() {
+    emulator::meet_warp(emulator::WARP, nullptr, [](void**) {});
+}
 inline void sync_block() {
     emulator::meet(emulator::block, emulator::BLOCK, emulator::block_size.x, nullptr, [](void**) {});
 }

@@ -2,16 +2,17 @@
 #include <device.cuh>
 
 struct Given {
-    const uint32_t* a;    // (32, 4) fragments
-    const uint32_t* b;    // (32, 2)
-    const uint16_t* rows; // (32, 8)
-    float* out;           // (32, 4)
-    uint32_t* tiles;      // (32, 4)
+    const uint32_t* a;     // (32, 4) fragments
+    const uint32_t* b;     // (32, 2)
+    const uint16_t* rows;  // (32, 8)
+    float* out;            // (32, 4)
+    uint32_t* tiles;       // (32, 4)
     int what;
 };
 
 template <class T>
-KERNEL(32) product_kernel(const Given p) {
+KERNEL(32)
+product_kernel(const Given p) {
     const int lane = threadIdx.x;
     uint32_t a[4];
     float c[4] = {0.f, 0.f, 0.f, 0.f};
@@ -49,7 +50,10 @@ KERNEL(64) wrong_kernel(const Given p) {
     } else if (p.what == 2) {  // half of a warp waits
         if (i < 48) sync_warp();
     } else if (p.what == 3) {  // some wait for the block, some for the warp
-        if (i < 16) sync_block(); else sync_warp();
+        if (i < 16)
+            sync_block();
+        else
+            sync_warp();
     } else if (p.what == 4) {  // writes beyond its memory
         if (i == 0) numbers[1024 / 4 + 3] = 1.f;
     } else if (p.what == 5) {  // a tile's row that lies nowhere
