@@ -8,7 +8,6 @@ there are no kernels, and it shows only that the rest runs.
 
 from __future__ import annotations
 
-import json as json_module
 import statistics
 import time
 from collections.abc import Callable
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fdscale import dist
+from fdscale.bench import tables
 from fdscale.bench.attention import kept_bytes
-from fdscale.bench.data import in_turns, ratio
+from fdscale.bench.timing import in_turns, ratio, save
 from fdscale.kernels import rows
 
 CALLS = 20  # between two events
@@ -51,17 +51,14 @@ Way = Callable[..., Tensor]
 
 def main(quick: bool, json: str | None) -> int:
     """Measure, print Markdown, and write JSON."""
-    result = measure(dist.device(), quick)
-    print_table(result)
-    if json:
-        Path(json).write_text(json_module.dumps(result, indent=1) + "\n")
+    print(table(measure(dist.device(), quick, json and Path(json))))
     return 0
 
 
-def measure(device: torch.device, quick: bool = False) -> dict[str, Any]:
+def measure(device: torch.device, quick: bool = False, path: Path | None = None) -> dict[str, Any]:
     """Seconds of one forward and backward in every round, and bytes kept, by op, layer and way.
 
-    quick, and always on a CPU: one small shape and one round.
+    quick, and always on a CPU: one small shape and one round. path: where JSON goes after each op of each shape.
     """
     gpu = device.type == "cuda"
     quick = quick or not gpu
@@ -80,6 +77,8 @@ def measure(device: torch.device, quick: bool = False) -> dict[str, Any]:
                 "seconds": in_turns(passes, result["rounds"])["wall"],
                 "kept_bytes": {name: kept_bytes(way, leaves) for name, way in ways.items()},
             }
+            if path:
+                save(path, result)
         torch.compiler.reset()  # the next shapes are compiled for themselves, not for any size
     return result
 
@@ -155,15 +154,15 @@ def seconds_of(way: Way, leaves: list[Tensor], calls: int) -> float:
         return first.elapsed_time(last) / 1e3 / calls
 
 
-def print_table(result: dict[str, Any]) -> None:
+def table(result: dict[str, Any]) -> str:
     """Markdown: one row for each op, layer and way."""
-    print(f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['rounds']} rounds\n")
-    print("| op | layer | way | forward and backward, ms: median (least) | share of torch.compile's | kept, MB |")
-    print("|---|---|---|---|---|---|")
+    lines = []
     for op, layers in result["ops"].items():
         for layer, found in layers.items():
             for name, taken in found["seconds"].items():
                 milliseconds = f"{1e3 * statistics.median(taken):.3f} ({1e3 * min(taken):.3f})"
                 kept = f"{found['kept_bytes'][name] / 1e6:.1f}"
-                share = ratio(found["seconds"], name, "torch.compile")
-                print(f"| {op} | {layer} | {name} | {milliseconds} | {share} | {kept} |")
+                lines.append((op, layer, name, milliseconds, ratio(found["seconds"], name, "torch.compile"), kept))
+    head = ("op", "layer", "way", "forward and backward, ms: median (least)", "share of torch.compile's", "kept, MB")
+    about = f"{result['device']}, torch {result['torch']}, {result['dtype']}, {result['rounds']} rounds"
+    return tables.paragraphs(about, tables.table(head, lines))

@@ -7,10 +7,12 @@ It needs no network and nothing but torch and triton (and pytest, for the tests)
 part in a process and with a limit of its own, so that what fails or hangs loses nothing else:
 
     machine       device, driver, clocks, versions
+    build         the CUDA kernels, where nvcc is and they are not built yet
     tests         pytest -m gpu: numerics and gradients of all paths
     determinism   ten runs of each path, compared to the bit
     curves        a short training by each path against the reference
     attention     the table of `fdscale bench attention`
+    fused         the table of `fdscale bench fused`
     model         the table of `fdscale bench model`
     memcheck      compute-sanitizer over small shapes, where it is installed
     racecheck     likewise
@@ -43,6 +45,7 @@ import torch
 from fdscale import UserError
 from fdscale.bench import gpu_report, machine, protocol
 from fdscale.bench.timing import save
+from fdscale.kernels import build
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 515.0
@@ -60,13 +63,15 @@ class Part(NamedTuple):
 
 
 PARTS = (
-    Part("machine", 20),
-    Part("tests", 100),
-    Part("determinism", 45),
-    Part("curves", 45),
-    Part("attention", 190),
-    Part("model", 60),
-    Part("memcheck", 25),
+    Part("machine", 15),
+    Part("build", 40),
+    Part("tests", 95),
+    Part("determinism", 40),
+    Part("curves", 40),
+    Part("attention", 145),
+    Part("fused", 35),
+    Part("model", 45),
+    Part("memcheck", 30),
     Part("racecheck", 30),
 )
 
@@ -104,7 +109,7 @@ def _putting_right(out: Path) -> Iterator[None]:
 
 def run_part(name: str, out: Path, device: torch.device, seconds: float) -> int:
     """One part, in this process. Results go to DIR/NAME.json as they come."""
-    from fdscale.bench import checks, curves, model
+    from fdscale.bench import checks, curves, fused, model
 
     gpu, path = device.type == "cuda", out / f"{name}.json"
     left_s = max(seconds - STARTING_S, 1.0)
@@ -117,6 +122,8 @@ def run_part(name: str, out: Path, device: torch.device, seconds: float) -> int:
     elif name == "attention":
         effort = protocol.Effort(6.0, left_s, 4) if gpu else protocol.Effort(0.3, None, 0)
         return protocol.run(protocol.ROWS if gpu else protocol.TINY, device, effort, path, resume=True)
+    elif name == "fused":
+        fused.measure(device, path=path)
     elif name == "model":
         model.run(device, 5.0 if gpu else 0.3, left_s, path)
     elif name in ("memcheck", "racecheck"):
@@ -180,6 +187,8 @@ class Suite:
             if self.device != "cuda":
                 return "it needs a GPU"
             return "" if sanitizer() else f"{SANITIZER} is not on the PATH"
+        if name == "build":
+            return why_not_build(self.device)
         if name == "tests":
             if importlib.util.find_spec("pytest") is None:
                 return "pytest is not installed"
@@ -187,9 +196,15 @@ class Suite:
         return ""
 
     def _command(self, name: str, seconds: float) -> list[str]:
+        if name == "build":
+            return [sys.executable, "-m", "fdscale.kernels.build"]
         if name == "tests":
             # Compiling the kernels of all windows takes longest; several processes share it.
-            several = ["-n", "8"] if importlib.util.find_spec("xdist") and self.device == "cuda" else []
+            several = (
+                ["-n", str(min(16, os.cpu_count() or 1))]
+                if importlib.util.find_spec("xdist") and self.device == "cuda"
+                else []
+            )
             junit = f"--junitxml={self.parts.resolve() / 'tests.xml'}"
             options = ["-m", "gpu", "-p", "no:cacheprovider", junit, *several]
             return [sys.executable, "-m", "pytest", *options, *(str(path) for path in test_files())]
@@ -223,6 +238,8 @@ class Suite:
         try:
             if name == "tests":
                 record["result"] = read_tests(self.parts / "tests.xml")
+            elif name == "build":
+                record["result"] = {"said": text.strip()[-500:]}
             elif name in ("memcheck", "racecheck"):
                 summaries = re.findall(r"={3,} (\w+ SUMMARY: .*)", text)
                 record["result"] = {"summary": summaries, "ran": re.findall(r"^ran (\w+)", text, re.M)}
@@ -239,6 +256,19 @@ class Suite:
 def test_files() -> list[Path]:
     """The files with tests that need a GPU; the others may need packages that are not there."""
     return [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text()]
+
+
+def why_not_build(device: str) -> str:
+    """Why the CUDA kernels are not built here, or nothing."""
+    if device != "cuda":
+        return "it needs a GPU"
+    try:
+        build.find_nvcc()
+    except SystemExit as error:
+        return str(error)
+    made = build.LIBRARY.stat().st_mtime if build.LIBRARY.exists() else 0.0
+    newest = max(path.stat().st_mtime for path in build.SOURCES.iterdir())
+    return f"{build.LIBRARY.name} is there and newer than its sources" if made > newest else ""
 
 
 def sanitizer() -> str | None:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from fdscale.bench import checks, curves, model, tables
+from fdscale.bench import checks, curves, fused, model, tables
 
 TITLES = {
     "machine": "Machine",
+    "build": "Building the CUDA kernels",
     "tests": "Tests that need a GPU",
     "determinism": "Repetition to the bit",
     "curves": "A short training by each path",
     "attention": "Window attention",
+    "fused": "Fused ops",
     "model": "Whole networks",
     "memcheck": "compute-sanitizer, memcheck",
     "racecheck": "compute-sanitizer, racecheck",
@@ -64,6 +66,10 @@ def _detail(name: str, result: dict[str, Any]) -> str:
         return ""
     if name == "machine":
         return str(result.get("device"))
+    if name == "build":
+        return result["said"].splitlines()[-1] if result["said"] else ""
+    if name == "fused":
+        return f"{len(result['ops'])} ops"
     if name == "tests":
         return f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped"
     if name == "determinism":
@@ -96,7 +102,13 @@ def markdown(report: dict[str, Any]) -> str:
 def _section(name: str, record: dict[str, Any]) -> str:
     lines = [f"## {TITLES[name]}", verdict(name, record)]
     lines.append("\n".join(f"- **{' '.join(problem.split())}**" for problem in record["problems"]))
-    write = {"determinism": checks.table, "curves": curves.table, "attention": tables.attention, "model": model.table}
+    write = {
+        "determinism": checks.table,
+        "curves": curves.table,
+        "attention": tables.attention,
+        "fused": fused.table,
+        "model": model.table,
+    }
     if name in write and record["result"]:
         lines.append(write[name](record["result"]))
     if record.get("log_end"):
