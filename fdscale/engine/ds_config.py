@@ -34,7 +34,6 @@ ALLOWED = {
     "communication_data_type",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "aio",
     "zero_force_ds_cpu_optimizer",
     "comms_logger",
     "wall_clock_breakdown",
@@ -43,6 +42,39 @@ ALLOWED = {
     "dump_state",
 }
 PRECISION_KEYS = ("data_types.grad_accum_dtype", "communication_data_type")
+INSIDE = {"bf16": ("enabled", "immediate_grad_update", "check_grad_overflow"), "data_types": ("grad_accum_dtype",)}
+# Keys of zero_optimization that DeepSpeed (0.19.8) reads at some stages and passes over at the others, without a word.
+ONLY_STAGE_3 = {
+    "sub_group_size",
+    "zero_hpz_partition_size",
+    "offload_param",
+    "leaf_module",
+    "module_granularity_threshold",
+}
+ONLY_STAGE_3 |= {"prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold"}
+ONLY_STAGE_3 |= {"max_live_parameters", "max_reuse_distance", "use_all_reduce_for_fetch_params", "allgather_sequential"}
+ONLY_STAGES_1_AND_2 = {"allgather_bucket_size", "allgather_partitions", "use_multi_rank_bucket_allreduce"}
+ONLY_STAGES_1_AND_2 |= {"round_robin_gradients", "ignore_unused_parameters", "parameter_alignment"}
+BF16_STAGE_1 = {"stage", "allgather_bucket_size"}  # all that its BF16_Optimizer takes
+NO_NVME = (
+    "checkpoints are taken from optimizer state in memory, and that of 3 billion parameters, 36 GB over all ranks, "
+    'fits host memory: "device": "cpu"'
+)
+# Keys that DeepSpeed knows and that would do harm here, and why.
+REFUSED = {
+    "zero_quantized_gradients": "its kernel (DeepSpeed 0.19.8, csrc/quantization, swizzle_quant) reads gradients as "
+    "fp16 whatever they are, so the float32 gradients that are reduced here would become noise",
+    "zero_quantized_weights": "weights would take part in every step rounded to 8 bits through fp16, the kernel exists "
+    "for CUDA alone, and what it does to the loss has not been measured; zero_hpz_partition_size saves the same "
+    "traffic between nodes in the backward, and rounds nothing",
+    "zero_quantized_nontrainable_weights": "nothing is frozen in what is trained: the teacher is not part of it",
+    "cpu_offload": 'DeepSpeed has renamed it: "offload_optimizer": {"device": "cpu"}',
+    "cpu_offload_param": 'DeepSpeed has renamed it: "offload_param": {"device": "cpu"}',
+    "cpu_offload_use_pin_memory": "DeepSpeed has moved it into offload_optimizer and offload_param, as pin_memory",
+    "load_from_fp32_weights": "it is about DeepSpeed's own checkpoints, which are not used here",
+    "elastic_checkpoint": "it is about DeepSpeed's own checkpoints, which are not used here",
+    "legacy_stage1": "DeepSpeed has removed it",
+}
 
 
 def read(path: str | None) -> dict[str, Any]:
@@ -72,6 +104,8 @@ def read(path: str | None) -> dict[str, Any]:
             raise UserError(
                 f"{path}: {key} belongs to the recipe ({OWNED_BY_RECIPE[key]}); remove it from the ds_config"
             )
+        if key == "aio":
+            raise UserError(f"{path}: aio is about NVMe, which is not supported; {NO_NVME}")
         if key not in ALLOWED:
             close = difflib.get_close_matches(key, ALLOWED, n=1)
             raise UserError(
@@ -81,8 +115,13 @@ def read(path: str | None) -> dict[str, Any]:
     for key in ("zero_optimization", "bf16", "fp16", "data_types"):
         if not isinstance(ds.get(key, {}), dict):
             raise UserError(f"{path}: {key} must be an object, got {json.dumps(ds[key])}")
+    for section, known in INSIDE.items():
+        for key in ds.get(section, {}):
+            if key not in known:
+                raise UserError(f"{path}: {section}.{key} may not stand here; known: {', '.join(known)}")
     _check_precision(ds, path)
     _check_zero(ds.get("zero_optimization", {}), path)
+    _check_read(ds, path)
     return ds
 
 
@@ -120,7 +159,52 @@ def _check_zero(zero: dict[str, Any], path: str) -> None:
         if not isinstance(part, dict):
             raise UserError(f'{path}: zero_optimization.{key} must be an object such as {{"device": "cpu"}}')
         if part.get("device", "none") not in ("none", "cpu"):
-            raise UserError(f"{path}: zero_optimization.{key}.device must be none or cpu; others are not supported")
+            raise UserError(
+                f"{path}: zero_optimization.{key}.device must be none or cpu; others are not supported: {NO_NVME}"
+            )
+    for key, why in REFUSED.items():
+        if zero.get(key):
+            raise UserError(f"{path}: zero_optimization.{key} is not supported: {why}")
+    if zero.get("zero_hpz_partition_size", 1) != 1 and zero.get("offload_param", {}).get("device", "none") != "none":
+        raise UserError(
+            f"{path}: zero_optimization.zero_hpz_partition_size keeps a second copy of the weights on the GPUs, and "
+            "offload_param takes the first one off them: choose one"
+        )
+
+
+def _check_read(ds: dict[str, Any], path: str) -> None:
+    """Refuse what DeepSpeed would not read at this stage, so that a file says nothing that does not happen."""
+    of_stage_1 = stage(ds) == 1 and bf16(ds) and not offloaded(ds)
+    for key in ds.get("zero_optimization", {}):
+        name = key.removeprefix("stage3_")
+        unread = {
+            0: key != "stage",
+            1: name in ONLY_STAGE_3 or (of_stage_1 and key not in BF16_STAGE_1),
+            2: name in ONLY_STAGE_3,
+            3: name in ONLY_STAGES_1_AND_2,
+        }[stage(ds)]
+        if unread and key in REFUSED:  # switched off, which it is anyway
+            continue
+        if unread:
+            precision = " in bf16" if of_stage_1 else ""
+            raise UserError(
+                f"{path}: zero_optimization.{key} does nothing at stage {stage(ds)}{precision}: DeepSpeed does not "
+                "read it there; remove it"
+            )
+    if ds.get("bf16", {}).get("check_grad_overflow") is False:
+        raise UserError(f"{path}: bf16.check_grad_overflow is always on here: an update that is not finite is skipped")
+    if "immediate_grad_update" in ds.get("bf16", {}) and not of_stage_1:
+        raise UserError(f"{path}: bf16.immediate_grad_update is read at stage 1 alone; remove it")
+
+
+def check_world(ds: dict[str, Any], world: int) -> None:
+    """Raise UserError where a ds_config does not suit a number of ranks."""
+    size = ds.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size < 1 or world % size:
+        raise UserError(
+            f"zero_optimization.zero_hpz_partition_size is {size}, the GPUs of a node that hold the weights together, "
+            f"and does not divide the {world} ranks; write the GPUs per node, or take a ds_config without it"
+        )
 
 
 def stage(ds: dict[str, Any]) -> int:

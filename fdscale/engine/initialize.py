@@ -119,6 +119,7 @@ def initialize(
 
     logging.getLogger("DeepSpeed").setLevel(os.environ["DEEPSPEED_LOG_LEVEL"].upper())
     dist.init()
+    ds_config.check_world(ds, dist.world())
     accumulate = accumulation(batch_size, micro_batch, dist.world())
     settings = {
         **ds,

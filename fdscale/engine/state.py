@@ -222,6 +222,8 @@ def refresh(engine: Any) -> None:
         optimizer.checkpoint_event_prologue()  # whatever is gathered goes, also what a forward alone has left
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        for parameter in engine.module.parameters():
+            parameter.ds_secondary_tensor = None  # of ZeRO++ (hpZ); DeepSpeed forgets those of trained parameters alone
         optimizer.checkpoint_event_epilogue()  # what stays gathered is gathered anew
     elif stage:
         optimizer.update_lp_params()

@@ -30,10 +30,20 @@ from fdscale.run import Run
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 DECAY = 0.8  # of the average of the weights
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+HPZ = {"stage3_param_persistence_threshold": 0}  # so that all parameters are partitioned, and partitioned twice
 CASES = {
     **{f"zero{stage}": {"zero_optimization": {"stage": stage}} for stage in (0, 1, 2, 3)},
     **{f"zero{stage}-bf16": {"zero_optimization": {"stage": stage}, **BF16} for stage in (1, 2, 3)},
     "zero3-bf16-offload": {"zero_optimization": {"stage": 3, **OFFLOAD}, **BF16},
+    "zero3-bf16-offload-all": {
+        "zero_optimization": {"stage": 3, **OFFLOAD, "offload_param": {"device": "cpu"}},
+        **BF16,
+    },
+    **{
+        f"zero3-hpz{size}": {"zero_optimization": {"stage": 3, **HPZ, "zero_hpz_partition_size": size}}
+        for size in (1, 2)
+    },
+    "zero3-bf16-hpz2": {"zero_optimization": {"stage": 3, **HPZ, "zero_hpz_partition_size": 2}, **BF16},
     "zero0-apex": {"zero_optimization": {"stage": 0}},
     "zero2-apex": {"zero_optimization": {"stage": 2}},
     "zero3-partitioned": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}},
