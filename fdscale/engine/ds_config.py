@@ -73,8 +73,16 @@ REFUSED = {
     "cpu_offload_use_pin_memory": "DeepSpeed has moved it into offload_optimizer and offload_param, as pin_memory",
     "load_from_fp32_weights": "it is about DeepSpeed's own checkpoints, which are not used here",
     "elastic_checkpoint": "it is about DeepSpeed's own checkpoints, which are not used here",
+    "gather_16bit_weights_on_model_save": "it is about DeepSpeed's own checkpoints, which are not used here",
+    "gather_fp16_weights_on_model_save": "it is about DeepSpeed's own checkpoints, which are not used here",
+    "pipeline_loading_checkpoint": "it is about DeepSpeed's own checkpoints, which are not used here",
+    "save_muon_momentum_buffer_in_memory": "the optimizer is AdamW",
+    "zenflow": "it updates weights with gradients of other steps, and its state is not in the checkpoints",
     "legacy_stage1": "DeepSpeed has removed it",
 }
+# What may stand in offload_optimizer and offload_param: the other keys are about NVMe, or make optimizers whose state
+# the checkpoints do not know.
+OFFLOAD = ("device", "pin_memory")
 
 
 def read(path: str | None) -> dict[str, Any]:
@@ -162,9 +170,17 @@ def _check_zero(zero: dict[str, Any], path: str) -> None:
             raise UserError(
                 f"{path}: zero_optimization.{key}.device must be none or cpu; others are not supported: {NO_NVME}"
             )
-    for key, why in REFUSED.items():
-        if zero.get(key):
+        for inner in part:
+            if inner not in OFFLOAD:
+                raise UserError(
+                    f"{path}: zero_optimization.{key}.{inner} may not stand here; known: {', '.join(OFFLOAD)}"
+                )
+    for key, value in zero.items():
+        why = REFUSED.get(key.removeprefix("stage3_"))
+        if value and why:
             raise UserError(f"{path}: zero_optimization.{key} is not supported: {why}")
+    if zero.get("compute_grad_norm") is False:
+        raise UserError(f"{path}: zero_optimization.compute_grad_norm must be on: clipping and the log need the norm")
     if zero.get("zero_hpz_partition_size", 1) != 1 and zero.get("offload_param", {}).get("device", "none") != "none":
         raise UserError(
             f"{path}: zero_optimization.zero_hpz_partition_size keeps a second copy of the weights on the GPUs, and "
@@ -183,7 +199,7 @@ def _check_read(ds: dict[str, Any], path: str) -> None:
             2: name in ONLY_STAGE_3,
             3: name in ONLY_STAGES_1_AND_2,
         }[stage(ds)]
-        if unread and key in REFUSED:  # switched off, which it is anyway
+        if unread and name in REFUSED:  # switched off, which it is anyway
             continue
         if unread:
             precision = " in bf16" if of_stage_1 else ""

@@ -59,10 +59,28 @@ def test_state_moves_bitwise_under_every_stage() -> None:
 @pytest.mark.slow
 def test_state_moves_bitwise_with_the_optimizer_on_the_host() -> None:
     """DeepSpeed builds its CPU Adam at first use, which takes a minute or two."""
-    (result,) = results(1, "zero3-bf16-offload")
-    assert result["losses"]
-    assert result["state"]
-    assert result["covered"]
-    assert result["saved"]
-    assert all(result["swapped"])
-    assert result["updates"] == 3
+    for result in results(1, "zero3-bf16-offload", "zero3-bf16-offload-all"):
+        assert_moved(result)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_second_partition_changes_nothing(ranks: int) -> None:
+    """hpZ of ZeRO++, on one node of two ranks and on two, bitwise as ZeRO 3 without it."""
+    found = results(ranks, "zero3-hpz2", "zero3-partitioned", "zero3-bf16-hpz2", "zero3-bf16")
+    for result in found:
+        assert_moved(result)
+    for with_, without in (("zero3-hpz2", "zero3-partitioned"), ("zero3-bf16-hpz2", "zero3-bf16")):
+        norms = {case: [result["norms"] for result in found if result["case"] == case] for case in (with_, without)}
+        assert norms[with_] == norms[without]
+        assert len(norms[with_]) == ranks
+
+
+def assert_moved(result: dict) -> None:
+    """State, losses and average are what they would be had nothing been taken out and put back."""
+    assert result["losses"], result
+    assert result["state"], result
+    assert result["covered"], result
+    assert result["saved"], result
+    assert all(result["swapped"]), result
+    assert result["updates"] == 3, result
