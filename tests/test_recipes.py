@@ -9,15 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from fdscale import config
+from fdscale import config, student
+from fdscale.assemble import build_student
 from fdscale.catalog import parameters
 from fdscale.distill import distill
 from fdscale.finetune import finetune
+from fdscale.models import frozen, teachers
+from fdscale.models.frozen import Teacher
 from fdscale.student import backbone
 
 # Backbone parameters. SwinV2-B and G as verified against the official model; ViT with one shared position table and
@@ -30,6 +34,11 @@ COUNTS = {
     "dino_vit_base_300": 85_665_360,
     "esvit_swinv2_base_300": 86_893_816,
     "swinv2_g": 2_997_843_680,
+    "swinv2_g_224": 2_997_843_680,
+    "clip_swinv2_g": 2_997_843_680,
+    "eva_swinv2_g": 2_997_843_680,
+    "clip_swinv2_h": 655_210_922 + 3 * 2 * 1408,  # as in the paper's table, and three norms behind blocks of stage 3
+    "clip_swinv2_l": 195_202_932,
 }
 # The same with a table in each block and without the final norm; SwinV2 as it was distilled.
 FINETUNED = {
@@ -40,7 +49,36 @@ FINETUNED = {
     "dino_vit_base_300_finetune": 85_760_448,
     "esvit_swinv2_base_300_finetune": 86_893_816,
     "swinv2_g_finetune": 2_997_843_680,
+    "clip_vit_large_300_22k_finetune": 303_308_288,
+    "clip_vit_large_300_336_finetune": 303_308_288 + 24 * 16 * (47**2 - 31**2),  # tables of 24 x 24 tokens, not 16 x 16
 }
+IMAGES = {"1.28 M": 1_281_167, "14.2 M": 14_197_122}  # of ImageNet-1K and 22K, as the headers name them
+GIANTS = {
+    # tokens a side of the student and of the teacher, and how those are brought to these; the teacher's width, GMACs
+    "swinv2_g": (6, 6, None, 4096, 370.7),
+    "swinv2_g_224": (7, 7, None, 4096, 506.9),
+    "clip_swinv2_g": (8, 16, "area", 1024, 81.0),
+    "eva_swinv2_g": (8, 16, "area", 1408, 267.0),
+    "clip_swinv2_h": (8, 16, "area", 1024, 81.0),
+    "clip_swinv2_l": (8, 16, "area", 1024, 81.0),
+}
+
+
+def distilled(name: str) -> str:
+    """The recipe whose student a fine-tuning goes on with."""
+    return re.sub(r"(_22k|_336)?_finetune$", "", name)
+
+
+def weightless(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> Teacher:
+    """The teacher of a recipe as its adapter builds it for a weight file, on the meta device and with no weights."""
+    monkeypatch.setattr(teachers.convert, "read", lambda *_: {})
+    monkeypatch.setattr(teachers.convert, "load", lambda *_: None)
+    monkeypatch.setattr(teachers, "_load_timm", lambda *_: None)
+    monkeypatch.setattr(frozen, "_hash_weights", lambda *_: "")
+    arguments = dataclasses.asdict(settings.teacher)
+    del arguments["resample"]
+    with torch.device("meta"):
+        return teachers.load_teacher(**{**arguments, "weights": "a file"})
 
 
 def vit_count(width: int, depth: int, patch: int, heads: int, grid: int) -> int:
@@ -141,15 +179,98 @@ def test_swinv2_g_is_fine_tuned_as_in_its_paper() -> None:
     assert [stage.blocks[0].attn.window[0] for stage in now.layers] == [40, 40, 40, 20]
 
 
+@pytest.mark.parametrize("name", COUNTS)
+def test_the_teacher_is_known_and_its_tokens_meet_the_students(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config.load(name)
+    teacher = weightless(settings, monkeypatch)
+    pairing, module = build_student(settings, teacher)
+    assert module.projector.weight.shape[0] == teacher.width
+    assert (pairing.student_grid == pairing.teacher_grid) or settings.teacher.resample
+    if name not in GIANTS:
+        return
+    student_side, teacher_side, resample, width, gmacs = GIANTS[name]
+    assert pairing.student_grid == (student_side, student_side)
+    assert pairing.teacher_grid == (teacher_side, teacher_side)
+    assert settings.teacher.resample == resample
+    assert teacher_side % student_side == 0  # each token of the student has whole ones of the teacher
+    assert teacher.width == width
+    assert teacher.flops((settings.data.image_size,) * 2) / 1e9 == pytest.approx(gmacs, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED])
+def test_the_cost_in_the_header_is_that_of_the_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps from images, epochs and batch; FLOP of 3 forwards, of the teacher's and of what is recomputed."""
+    settings, text = config.load(name), config.recipes()[name].read_text()
+    images = next(count for said, count in IMAGES.items() if f"{said} images" in text)
+    found = re.search(r"# Cost: ([\d ]+) steps; ([\d.]+) TFLOP per image, ([\d.e+]+) in all: ([\d ]+) A100-days?", text)
+    assert found
+    steps, per_image, total, days = (float(word.replace(" ", "")) for word in found.groups())
+    assert (
+        config.in_steps(settings, images).schedule.steps
+        == steps
+        == round(settings.schedule.epochs * images / settings.optim.batch_size)
+    )
+    size = (settings.data.image_size,) * 2
+    network = backbone(settings)
+    forward = 2 * network.flops(size)
+    teacher = 0 if name in FINETUNED else 2 * weightless(settings, monkeypatch).flops(size)
+    again = forward if settings.memory.checkpoint == ("torch",) else 0
+    wanted = 3 * forward + teacher + again
+    assert per_image * 1e12 == pytest.approx(wanted, rel=0.06)
+    assert sum(dataclasses.astuple(student.work_per_image(settings, network, teacher // 2))) == wanted
+    assert total == pytest.approx(wanted * steps * settings.optim.batch_size, rel=0.06)
+    assert days == pytest.approx(wanted * steps * settings.optim.batch_size / (0.4 * 312e12 * 86400), rel=0.06, abs=0.5)
+
+
+@pytest.mark.parametrize("name", GIANTS)
+def test_giants_are_distilled_alike(name: str) -> None:
+    """What is not published follows the other distillations; the commands name a ds_config that is there."""
+    settings, text = config.load(name), config.recipes()[name].read_text()
+    args = settings.student.args
+    assert (settings.optim.batch_size, settings.schedule.epochs, settings.schedule.warmup_epochs) == (2048, 100, 10)
+    assert (args["post_norm_init"], args["depth_scaled_init"], args["drop_path_rate"]) == (1e-5, True, 0.3)
+    assert 2048 % (settings.memory.micro_batch * 64) == 0  # ranks
+    assert "none is published" in text or name == "swinv2_g"
+    ds = re.search(r"--ds (ds_configs/\w+\.json)", text)
+    assert ds
+    assert (Path(__file__).resolve().parent.parent / ds[1]).is_file()
+    assert all("ours" in text[text.index(key) :].partition("\n")[0] for key in ("batch_size:", "lr:", "epochs:"))
+    if settings.teacher.source == "fdscale:swin_v2":  # trained at 192 px, window 12; the student is of the same shape
+        shape = {key: args[key] for key in ("embed_dim", "depths", "num_heads", "window_size", "extra_norm_period")}
+        old = {"pretrained_window_sizes": [12, 12, 12, 6]} if settings.data.image_size != 192 else {}
+        assert settings.teacher.args == {**shape, **old, "img_size": settings.data.image_size}
+
+
+def test_the_path_over_imagenet_22k() -> None:
+    """From 16 x 16 tokens to 24 x 24, with BEiT-L's settings after the same step (microsoft/unilm, beit)."""
+    first, last = (config.load(f"clip_vit_large_300_{step}_finetune") for step in ("22k", "336"))
+    usual = config.load("clip_vit_large_300_finetune")
+    assert first.classify.classes == 21841
+    assert (first.optim, first.classify.mixup) == (usual.optim, usual.classify.mixup)
+    assert (last.classify.classes, last.data.image_size, last.classify.mixup, last.classify.cutmix) == (1000, 336, 0, 0)
+    optim, schedule = last.optim, last.schedule
+    assert (optim.batch_size, optim.lr, optim.weight_decay, optim.layer_decay) == (512, 2e-5, 1e-8, 0.9)
+    assert (schedule.epochs, schedule.warmup_epochs, last.student.args["drop_path_rate"]) == (30, 5, 0.4)
+    assert backbone(last).grid((336, 336)) == (24, 24)
+
+
 @pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, "demo", "demo_finetune"])
 def test_the_header_says_source_command_and_expectation(name: str) -> None:
     text = config.recipes()[name].read_text()
     for part in ("# Source:", "# Command:", "# Expected:"):
         assert part in text
+    verb = "finetune" if "finetune" in name else "distill"
+    assert "demo" in name or f"fdscale {verb} {name} " in text
 
 
 # Widths, depths and images; the rest stays as the recipe has it.
 SMALL_VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+SMALL_PAIR = {
+    "student": {"embed_dim": 16, "depths": [1, 1, 6, 1], "num_heads": [1, 1, 2, 2], "window_size": 4},
+    "teacher": SMALL_VIT,
+    "image_size": 64,
+    "teacher_size": 56,
+}
 SHRINK: dict[str, dict] = {
     "clip_vit_base_100": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
     "clip_vit_base_300": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
@@ -172,6 +293,7 @@ SHRINK: dict[str, dict] = {
         },
         "image_size": 64,
     },
+    **dict.fromkeys(("clip_swinv2_g", "eva_swinv2_g", "clip_swinv2_h", "clip_swinv2_l"), SMALL_PAIR),
     "demo": {
         "student": {"embed_dim": 16, "num_heads": [1, 2], "window_size": 4},
         "teacher": {},
@@ -180,10 +302,13 @@ SHRINK: dict[str, dict] = {
 }
 
 
+SHRINK["swinv2_g_224"] = SHRINK["swinv2_g"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FINETUNED, "demo_finetune"])
 def test_a_tiny_fine_tuning_takes_two_real_steps(name: str, digits: Path, tmp_path: Path, process_group: None) -> None:
-    settings, small, change = config.load(name), SHRINK[name.removesuffix("_finetune")], dataclasses.replace
+    settings, small, change = config.load(name), SHRINK[distilled(name)], dataclasses.replace
     settings = change(
         settings,
         student=change(settings.student, args={**settings.student.args, **small["student"]}),
@@ -221,7 +346,9 @@ def test_a_tiny_variant_takes_two_real_steps(name: str, shards: Path, tmp_path: 
     settings = change(
         settings,
         student=change(settings.student, args={**settings.student.args, **small["student"]}),
-        teacher=change(settings.teacher, args=teacher_args, weights="random", key=None),
+        teacher=change(
+            settings.teacher, args=teacher_args, weights="random", key=None, image_size=small.get("teacher_size")
+        ),
         data=change(settings.data, shards=str(shards), image_size=small["image_size"], workers=0),
         optim=change(settings.optim, batch_size=4),
         schedule=change(settings.schedule, steps=2, epochs=None, warmup_steps=1, warmup_epochs=None),
