@@ -86,6 +86,11 @@ def test_the_readme_explains_every_file_and_every_entry() -> None:
         (zero(2, cpu_offload=True), ["renamed", "offload_optimizer"]),
         (zero(3, offload_optimizer={"device": "nvme"}), ["none or cpu", '"device": "cpu"', "checkpoints"]),
         ({**zero(3), "aio": {"block_size": 1}}, ["aio is about NVMe"]),
+        (zero(3, offload_optimizer={"device": "cpu", "ratio": 0.5}), ["offload_optimizer.ratio may not stand here"]),
+        (zero(3, offload_param={"device": "cpu", "max_in_cpu": 9}), ["offload_param.max_in_cpu may not stand here"]),
+        (zero(3, stage3_gather_16bit_weights_on_model_save=True), ["DeepSpeed's own checkpoints"]),
+        (zero(2, elastic_checkpoint=True), ["elastic_checkpoint is not supported"]),
+        (zero(2, zenflow={"topk_ratio": 0.1}), ["zenflow is not supported"]),
         (
             zero(3, zero_hpz_partition_size=2, offload_param={"device": "cpu"}),
             ["zero_hpz_partition_size", "offload_param", "choose one"],
