@@ -64,8 +64,8 @@ NO_NVME = (
 REFUSED = {
     "zero_quantized_gradients": "its kernel (DeepSpeed 0.19.8, csrc/quantization, swizzle_quant) reads gradients as "
     "fp16 whatever they are, so the float32 gradients that are reduced here would become noise",
-    "zero_quantized_weights": "DeepSpeed (0.19.8) rounds a rank's share of a module in groups of 8 and stops where it is "
-    "no multiple of 8, as with the scale per head of SwinV2; zero_hpz_partition_size saves traffic between nodes "
+    "zero_quantized_weights": "DeepSpeed (0.19.8) rounds a rank's share of a module in groups of 8 and stops where it "
+    "is no multiple of 8, as with the scale per head of SwinV2; zero_hpz_partition_size saves traffic between nodes "
     "and rounds nothing",
     "zero_quantized_nontrainable_weights": "nothing is frozen in what is trained: the teacher is not part of it",
     "cpu_offload": 'DeepSpeed has renamed it: "offload_optimizer": {"device": "cpu"}',
