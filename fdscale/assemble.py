@@ -48,7 +48,19 @@ def assemble(settings: config.Config, world: int) -> Parts:
     config.check_verb(settings, "distill")
     inputs = open_inputs(settings, world)
     settings = inputs.settings
-    teacher = load_teacher(
+    teacher = build_teacher(settings)
+    parts = Parts(inputs, teacher, *build_student(settings, teacher), cached=None)
+    if settings.cache.features is None:
+        return parts
+    cached = Features(settings.cache.features, cache_plan(parts))
+    if dist.rank() == 0:  # one look at every file is enough for all ranks
+        cached.check_sizes()
+    return dataclasses.replace(parts, cached=cached)
+
+
+def build_teacher(settings: config.Config, shapes_only: bool = False) -> Teacher:
+    """The teacher of a config; shapes_only: without weights (`load_teacher`)."""
+    return load_teacher(
         settings.teacher.source,
         weights=settings.teacher.weights,
         image_size=settings.teacher.image_size,
@@ -58,14 +70,8 @@ def assemble(settings: config.Config, world: int) -> Parts:
         key=settings.teacher.key,
         mean=settings.teacher.mean,
         std=settings.teacher.std,
+        shapes_only=shapes_only,
     )
-    parts = Parts(inputs, teacher, *build_student(settings, teacher), cached=None)
-    if settings.cache.features is None:
-        return parts
-    cached = Features(settings.cache.features, cache_plan(parts))
-    if dist.rank() == 0:  # one look at every file is enough for all ranks
-        cached.check_sizes()
-    return dataclasses.replace(parts, cached=cached)
 
 
 def cache_plan(parts: Parts) -> Plan:
@@ -98,13 +104,17 @@ def stored_as(settings: config.Config) -> str:
 
 def build_student(settings: config.Config, teacher: Teacher) -> tuple[Pairing, Distiller]:
     """The pairing of tokens and the trainable module, on the meta device."""
-    size = (settings.data.image_size, settings.data.image_size)
-    backbone = student.build(settings)
-    pairing = pair(backbone.prefix, backbone.grid(size), teacher.prefix, teacher.grid(size), settings.teacher.resample)
-    with torch.device("meta"):
-        module = Distiller(backbone, teacher.width, settings.objective.beta, pairing.align_student)
+    pairing, module = join(settings, student.build(settings), teacher)
     module.fused = check.fuses(settings.memory.kernels, dist.device())
     return pairing, module
+
+
+def join(settings: config.Config, backbone: Any, teacher: Teacher) -> tuple[Pairing, Distiller]:
+    """The same of a backbone that is there already, and nothing fused."""
+    size = (settings.data.image_size, settings.data.image_size)
+    pairing = pair(backbone.prefix, backbone.grid(size), teacher.prefix, teacher.grid(size), settings.teacher.resample)
+    with torch.device("meta"):
+        return pairing, Distiller(backbone, teacher.width, settings.objective.beta, pairing.align_student)
 
 
 def teacher_identity(parts: Parts) -> dict[str, Any]:

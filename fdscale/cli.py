@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from fdscale import UserError, __version__, signals
+from fdscale.plan import options
 
 INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
@@ -36,6 +37,9 @@ def parser() -> argparse.ArgumentParser:
     _distill(verbs)
     _finetune(verbs)
     _evaluate(verbs)
+    plan = _verb(verbs, "plan", "fdscale.plan.app:main", options.TEXT, options.EXAMPLE)
+    _set(plan)
+    options.add(plan)
     _submit(verbs)
     _cache(verbs)
     _export(verbs)

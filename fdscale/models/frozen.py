@@ -57,7 +57,8 @@ class Teacher:
         self._mean = torch.tensor(parts.mean, dtype=torch.float32).view(1, 3, 1, 1)
         self._std = torch.tensor(parts.std, dtype=torch.float32).view(1, 3, 1, 1)
         self._dry_runs: dict[tuple[int, int], tuple[torch.Size, int]] = {}
-        self._fingerprint = _hash_weights(self.network, parts.mean, parts.std)
+        only_shapes = any(parameter.is_meta for parameter in self.network.parameters())
+        self._fingerprint = "" if only_shapes else _hash_weights(self.network, parts.mean, parts.std)
         if dtype != torch.float32:
             _hold_matrices_in(self.network, dtype)
 
@@ -131,7 +132,12 @@ class Teacher:
         for 3 billion parameters that takes a second. A network that was trained further, rounded or resized differs
         everywhere; a hand-made change of a few entries may go unseen.
         """
+        assert self._fingerprint, "a teacher on the meta device has no weights"
         return self._fingerprint
+
+    def without_content(self) -> tuple[nn.Module, Forward]:
+        """The network in float32 on the meta device, and what it computes of normalised images; both are new."""
+        return _twin(self.network), self._parts.forward
 
     def _dry_run(self, size: tuple[int, int]) -> tuple[torch.Size, int]:
         if size not in self._dry_runs:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,15 @@ INIT_STD = 0.02
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) from one number for both or from two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+class Attended(NamedTuple):
+    """The attention of one block on one image: sequences (windows) of tokens, each attended to by all heads."""
+
+    sequences: int
+    tokens: int  # of a sequence, padding included
+    heads: int
+    dim: int  # channels of a head
 
 
 class LayerNorm(nn.LayerNorm):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fdscale import UserError
 from fdscale.kernels.attention import window_attention
 from fdscale.models.layers import (
+    Attended,
     LayerNorm,
     Mlp,
     PatchEmbed,
@@ -248,6 +249,18 @@ class SwinV2(nn.Module):
                 height, width, channels = math.ceil(height / 2), math.ceil(width / 2), 2 * channels
                 total += height * width * channels * (2 * channels + 1)
         return total + height * width * channels
+
+    def attended(self, image_size: tuple[int, int]) -> list[Attended]:
+        """The attention of each block on a (height, width) image."""
+        height, width = self.patch_embed.grid(image_size)
+        found = []
+        for blocks, _ in self._staged():
+            for block in blocks:
+                (rows, columns), heads = block.attn.window, len(block.attn.logit_scale)
+                windows = math.ceil(height / rows) * math.ceil(width / columns)
+                found.append(Attended(windows, rows * columns, heads, block.attn.proj.in_features // heads))
+            height, width = math.ceil(height / 2), math.ceil(width / 2)
+        return found
 
     def depth_of(self, name: str) -> int:
         """Layer-decay id of a parameter: 0 patch embedding, i for the i-th block (a merging goes with the block before

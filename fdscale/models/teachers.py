@@ -20,6 +20,7 @@ import inspect
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,7 @@ def load_teacher(
     key: str | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    shapes_only: bool = False,
 ) -> Teacher:
     """Builds a frozen teacher on the CPU; move it with `.to(device)`.
 
@@ -65,6 +67,8 @@ def load_teacher(
     key: entry of the weight file that holds the weights, where it has several (EsViT: "student").
     mean, std: of RGB in [0, 1]. None: what the weights were trained with, as timm or the python module says; else
         ImageNet's.
+    shapes_only: on the meta device, without weights, whatever `weights` says: for planning. A python: teacher is built
+        as it builds itself.
 
     Raises UserError for whatever does not fit together.
     """
@@ -74,6 +78,8 @@ def load_teacher(
         raise UserError(
             f"teacher.source: {source!r}. Expected timm:NAME, fdscale:swin_v2, fdscale:vit or python:MODULE:CALLABLE."
         )
+    if shapes_only:
+        weights = "random"
     if not weights:
         raise UserError(
             f"teacher.weights is missing for {source}. Give a local weight file; nothing is downloaded. Random weights "
@@ -89,7 +95,8 @@ def load_teacher(
     if (mean is None) != (std is None):
         raise UserError("teacher.mean and teacher.std must be given together.")
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size) if image_size else None
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device("meta") if shapes_only and kind != "python" else nullcontext()
+    with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(RANDOM_SEED)
         parts = adapters[kind](name, weights, size, dict(args or {}), feature, key, mean, std)
     teacher = Teacher(parts, source, size, DTYPES[dtype])
@@ -111,7 +118,8 @@ def _from_fdscale(name, weights, size, args, feature, key, mean, std) -> Parts:
     if size is not None:
         args.setdefault("img_size", size)
     try:
-        with torch.device("cpu" if weights == "random" else "meta"):  # no random numbers where weights come from a file
+        filled = weights == "random" and torch.get_default_device().type != "meta"
+        with torch.device("cpu" if filled else "meta"):  # no random numbers where weights come from a file
             network = getattr(importlib.import_module(f"fdscale.models.{name}"), networks[name])(**args)
     except TypeError as error:
         raise UserError(f"teacher.args do not fit fdscale:{name}: {error}.") from error

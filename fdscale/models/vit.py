@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from fdscale import UserError
 from fdscale.models.layers import (
     INIT_STD,
+    Attended,
     LayerNorm,
     Mlp,
     PatchEmbed,
@@ -224,6 +225,12 @@ class ViT(nn.Module):
         hidden = sum(cast(Block, block).mlp.fc1.out_features for block in self.blocks)
         total = grid * self.patch_embed.inputs * width + 2 * tokens * width * hidden
         return total + len(self.blocks) * tokens * width * (4 * width + 2 * tokens)
+
+    def attended(self, image_size: tuple[int, int]) -> list[Attended]:
+        """The attention of each block on a (height, width) image."""
+        tokens = 1 + math.prod(self.grid(image_size))
+        heads = [cast(Block, block).attn.heads for block in self.blocks]
+        return [Attended(1, tokens, h, self.width // h) for h in heads]
 
     def depth_of(self, name: str) -> int:
         """Layer-decay id of a parameter: 0 the embeddings, i for the i-th block, blocks + 1 the rest, a shared relative

@@ -1,0 +1,230 @@
+"""The networks of a recipe on the meta device, and the bytes that a step of theirs keeps and needs.
+
+Nothing is computed: the real modules run forward and backward on tensors that have a shape and no content, and every
+storage is counted from when it comes into being until it goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fdscale import assemble, config, student
+from fdscale.engine import memory
+from fdscale.engine.optim import param_groups
+from fdscale.kernels import attention
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages that come into being under it and are still there: now, and at most."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}  # these do not count
+        self._marks: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        self._marks[key] = weakref.ref(storage, functools.partial(self._gone, key))
+
+    def _gone(self, key: int, _: Any) -> None:
+        self.now -= self._sizes.pop(key)
+        del self._marks[key]
+
+
+class _GpuAttention(TorchFunctionMode):
+    """torch's memory-efficient attention, which GPUs take for a bias with a gradient; other devices keep all scores.
+
+    As torch does for it, the bias is copied to rows of a multiple of 8, and stands for all images without a copy.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return _attend(*args, **(kwargs or {}))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    if attn_mask is not None:
+        keys = attn_mask.shape[-1]
+        attn_mask = F.pad(attn_mask.to(q.dtype), (0, -keys % 8))[..., :keys].expand(*q.shape[:-1], keys)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, torch.is_grad_enabled())[0]
+
+
+class Activations(NamedTuple):
+    """Bytes on a GPU for one micro-batch."""
+
+    kept: int  # from forward to backward
+    peak: int  # at most, in forward or backward, what is kept included
+    offloaded: int  # kept in host memory instead
+
+
+class Networks:
+    """Student, teacher and optimizer groups of a config, without content.
+
+    gpu: count what GPUs keep: their kernels and their attention; else what a CPU does.
+    """
+
+    def __init__(self, settings: config.Config, gpu: bool = True) -> None:
+        self.settings, self.gpu = settings, gpu
+        self.teacher = None
+        if config.task_of(settings) == "distill":
+            self.teacher = assemble.build_teacher(settings, shapes_only=True)
+        self.module = self._module(settings)
+        self.sizes = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
+        optim = settings.optim
+        groups = param_groups(self.module, optim.lr, optim.weight_decay, optim.layer_decay)
+        self.groups = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
+        self._found: dict[Any, Activations] = {}
+
+    @property
+    def parameters(self) -> int:
+        """Parameters that are trained, projector or head included."""
+        return sum(self.sizes.values())
+
+    @property
+    def teacher_runs(self) -> bool:
+        """Whether the teacher computes in every step; not where its features are replayed."""
+        return self.teacher is not None and self.settings.cache.features is None
+
+    @property
+    def kernels(self) -> str:
+        """What is taken to compute window attention: what `memory.kernels` or the environment names.
+
+        auto is triton on GPUs; cuda needs the same memory, and is planned as triton.
+        """
+        name, _ = attention.asked(self.settings.memory.kernels)
+        return {"auto": "triton" if self.gpu else "reference", "cuda": "triton"}.get(name, name)
+
+    def with_memory(self, settings: config.Config) -> Networks:
+        """The same networks under another `memory` section."""
+        other = object.__new__(Networks)
+        other.__dict__.update(self.__dict__, settings=settings)
+        return other
+
+    def _module(self, settings: config.Config) -> Any:
+        backbone, policy = student.backbone(settings), settings.memory
+        kinds = ["none" if kind == "none" else "torch" for kind in policy.checkpoint]  # all keep a block's inputs
+        fused = self.gpu and self.kernels in attention.FASTEST
+        memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, fused)
+        if self.teacher is None:
+            return student.build_classifier(settings, backbone)
+        self.pairing, module = assemble.join(settings, backbone, self.teacher)
+        module.fused = fused
+        return module
+
+    def arguments(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Those of the module for one micro-batch, on the meta device: images, target, sample numbers."""
+        count, size = self.settings.memory.micro_batch, self.settings.data.image_size
+        images = torch.empty(count, 3, size, size, dtype=dtype, device="meta")
+        numbers = torch.empty(count, dtype=torch.int64, device="meta")
+        if self.teacher is None:
+            return images, torch.empty(count, self.settings.classify.classes or 0, device="meta"), numbers
+        rows, columns = self.pairing.student_grid
+        tokens = len(self.pairing.student_kept) + rows * columns
+        return images, torch.empty(count, tokens, self.teacher.width, device="meta"), numbers
+
+    def activations(self, dtype: torch.dtype) -> Activations:
+        """Of a micro-batch under the `memory` section, for weights and images of this dtype."""
+        policy = self.settings.memory
+        key = (policy.micro_batch, policy.checkpoint, policy.attention_chunk, policy.kernels, dtype)
+        if key not in self._found:
+            module = self._module(self.settings).to(dtype).train()
+            self._found[key] = _measure(module, self.arguments(dtype), self._offloaded(module), self.gpu)
+        return self._found[key]
+
+    def _offloaded(self, module: Any) -> list[nn.Module]:
+        """Blocks whose inputs go to host memory."""
+        kinds = memory.per_stage(self.settings.memory.checkpoint, module.backbone.depths, "memory.checkpoint")
+        blocks = module.backbone.blocks()
+        return [block for block, kind in zip(blocks, kinds, strict=True) if kind == "fairscale_offload"]
+
+    @functools.cached_property
+    def teacher_bytes(self) -> int:
+        """Of the teacher's parameters and buffers in its dtype."""
+        if self.teacher is None:
+            return 0
+        network = self.teacher.network
+        tensors = [*network.parameters(), *network.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def teacher_peak(self) -> int | None:
+        """At most alive in the teacher's forward of a micro-batch, as in float32: an upper bound for 16 bits.
+
+        None where it does not run on the meta device.
+        """
+        if not self.teacher_runs:
+            return 0
+        assert self.teacher is not None
+        count = self.settings.memory.micro_batch
+        size = self.teacher.image_size or (self.settings.data.image_size,) * 2
+        try:
+            network, forward = self.teacher.without_content()
+            peaks = []
+            for some in (1, 2):  # images do not meet in a teacher: what it needs is linear in them
+                images = torch.empty(some, 3, *size, device="meta")
+                live = Live([images, *network.parameters(), *network.buffers()])
+                with live, _GpuAttention(), torch.no_grad():
+                    forward(network, images)
+                peaks.append(live.peak)
+        except Exception:  # every network fails in its own way
+            return None
+        return peaks[0] + (count - 1) * (peaks[1] - peaks[0])
+
+
+def _measure(module: nn.Module, arguments: tuple[Tensor, ...], offloaded: list[nn.Module], gpu: bool) -> Activations:
+    """Forward and backward of a module; gradients of parameters go as soon as they are there."""
+    inputs: list[int] = []
+    for block in offloaded:
+        block.forward = functools.partial(_noting, inputs, block.forward)
+    for parameter in module.parameters():
+        parameter.register_post_accumulate_grad_hook(_drop)
+    with Live([*module.parameters(), *module.buffers(), *arguments]) as live, _GpuAttention() if gpu else _Nothing():
+        loss = module(*arguments)
+        kept, moved = live.now, sum(inputs)
+        loss.backward()
+    return Activations(kept - moved, live.peak - moved, moved)
+
+
+class _Nothing(TorchFunctionMode):
+    """Leaves all functions as they are."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def _noting(sizes: list[int], forward: Any, x: Tensor, *more: Any) -> Any:
+    sizes.append(x.numel() * x.element_size())
+    return forward(x, *more)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def with_policy(settings: config.Config, **policy: Any) -> config.Config:
+    """A config with other keys of its `memory` section."""
+    return dataclasses.replace(settings, memory=dataclasses.replace(settings.memory, **policy))
