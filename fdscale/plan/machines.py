@@ -78,4 +78,4 @@ def machine(gpu: str, network: str | None, gpus_per_node: int, **shares: float |
 
 def _nearest(name: str, names: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), list(names), n=2, cutoff=0.3)
-    return f"{f'nearest: {", ".join(near)}; ' if near else ''}known: {', '.join(names)}"
+    return f"{'nearest: ' + ', '.join(near) + '; ' if near else ''}known: {', '.join(names)}"

@@ -11,7 +11,8 @@ from fdscale.plan.memory import GIB
 from fdscale.plan.pace import IMAGE_BYTES
 from fdscale.plan.search import Planned, changes
 
-COUNTED = ("parameters", "gradients", "optimizer", "teacher", "batch", "activations kept", "average of the weights")
+COUNTED = ("parameters", "gradients", "optimizer", "teacher", "batch", "activations kept", "activations at work")
+COUNTED += ("average of the weights",)
 
 
 def numbers(found: Planned, machine: Machine, price: float | None) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def text(found: Planned, machine: Machine, price: float | None, title: str) -> s
     )
     parts = [(name, _gib(size), "=" if name in COUNTED else "~") for name, size in found.memory.parts.items()]
     room = f"{machine.gpu.memory_gib:g} GiB of the GPU"
-    verdict = "fits" if found.fits else f"does NOT fit: {found.memory.largest} need most"
+    verdict = "fits" if found.fits else f"does NOT fit; the largest part: {found.memory.largest}"
     parts.append(("peak", _gib(found.memory.total), f"of {room}: {verdict}"))
     host = [(name, _gib(size), "~") for name, size in found.memory.host.items()]
     host.append(("in all", _gib(row["host_bytes_per_node"]), ""))
@@ -96,7 +97,8 @@ def _run(row: dict[str, Any], nodes: int, machine: Machine) -> list[str]:
         f"data        {data:,.0f} images/s per node ({data * IMAGE_BYTES / 1e6:.0f} MB/s of 110 kB JPEGs){worker}",
         f"checkpoint  {row['checkpoint_bytes'] / 1e9:.1f} GB, {row['checkpoint_write_s']:.0f} s in the background at "
         f"{machine.storage / 1e9:g} GB/s; {row['disk_bytes'] / 1e9:.0f} GB of disk",
-        f"assumed     linear layers at {machine.mfu:g} of the peak, attention at {machine.attention:g} of its roofline,",
+        f"assumed     linear layers at {machine.mfu:g} of the peak, attention at {machine.attention:g} of its "
+        "roofline,",
         f"            links at {machine.links:g}, overlap {machine.overlap:g}{network}",
     ]
 

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fdscale import UserError, config
-from fdscale.engine.ds_config import offloaded, stage
 from fdscale.plan import memory, pace
 from fdscale.plan.machines import Machine
 from fdscale.plan.memory import GIB, Setup
@@ -54,7 +53,7 @@ def divided(setup: Setup) -> Setup:
 
 
 def cheapest(setup: Setup, networks: Networks, machine: Machine) -> Planned | None:
-    """Of ZeRO stages, offload, checkpointing, sequential attention and micro-batches on as many GPUs, else on 2, 4 or
+    """Of the shipped ds_configs, checkpointing, sequential attention and micro-batches on as many GPUs, else on 2, 4 or
     8 times as many; None where nothing fits."""
     for factor in (1, 2, 4, 8):
         wider = dataclasses.replace(setup, world=setup.world * factor)
@@ -74,7 +73,7 @@ def _all(setup: Setup, networks: Networks, machine: Machine) -> Iterator[Planned
     together = config.together(settings)
     halves = [policy.micro_batch // 2**i for i in range(policy.micro_batch.bit_length())]
     micros = [micro for micro in halves if micro % together == 0]
-    for zero, checkpoint, chunk in itertools.product(_stages(setup.ds), checkpoints, chunks):
+    for zero, checkpoint, chunk in itertools.product((setup.ds, *shipped().values()), checkpoints, chunks):
         for micro in micros:
             other = with_policy(settings, checkpoint=checkpoint, attention_chunk=chunk, micro_batch=micro)
             try:
@@ -86,35 +85,26 @@ def _all(setup: Setup, networks: Networks, machine: Machine) -> Iterator[Planned
                 break
 
 
-def _stages(ds: dict[str, Any]) -> list[dict[str, Any]]:
-    """The ds_config as it is, with each higher stage, and with the optimizer offloaded."""
-    found = [ds]
-    precision = {key: value for key, value in ds.items() if key != "zero_optimization"}
-    found += [precision | {"zero_optimization": _section(ds, number)} for number in (1, 2, 3) if number > stage(ds)]
-    if not offloaded(ds):
-        section = _section(ds, 3) | {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
-        found.append(precision | {"zero_optimization": section})
-    return found
-
-
-def _section(ds: dict[str, Any], number: int) -> dict[str, Any]:
-    """The section on ZeRO of the ds_config, or that of ds_configs/zeroN.json for another stage."""
-    if stage(ds) == number:
-        return dict(ds["zero_optimization"])
-    usual: dict[int, dict[str, Any]] = {
-        1: {"allgather_bucket_size": 200_000_000},
-        2: {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 200_000_000},
-        3: {
-            "overlap_comm": True,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": 50_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 100_000,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
-        },
+def shipped() -> dict[str, dict[str, Any]]:
+    """The files in ds_configs/ that are tried. tests/test_plan.py sees to it that they are the same."""
+    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+    second = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 200_000_000}
+    third = {
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": 50_000_000,
+        "stage3_prefetch_bucket_size": 50_000_000,
+        "stage3_param_persistence_threshold": 100_000,
+        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_reuse_distance": 1_000_000_000,
     }
-    return {"stage": number, **usual[number]}
+    sections: dict[str, dict[str, Any]] = {
+        "zero1": {"stage": 1, "allgather_bucket_size": 200_000_000},
+        "zero2": {"stage": 2, **second, "allgather_bucket_size": 200_000_000},
+        "zero3": {"stage": 3, **third},
+        "zero3_offload": {"stage": 3, **third, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
+    }
+    return {f"ds_configs/{name}.json": {"zero_optimization": zero, **bf16} for name, zero in sections.items()}
 
 
 def changes(before: Setup, after: Setup) -> list[str]:
@@ -128,7 +118,5 @@ def changes(before: Setup, after: Setup) -> list[str]:
             value = getattr(new, name)
             text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
             found.append(f"--set memory.{name}={text}")
-    if after.ds != before.ds:
-        name = f"zero{stage(after.ds)}{'_offload' if offloaded(after.ds) else ''}.json"
-        found.append(f"the zero_optimization of ds_configs/{name}")
+    found += [f"--ds {name}" for name, ds in shipped().items() if ds == after.ds != before.ds]
     return found
