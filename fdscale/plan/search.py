@@ -76,8 +76,11 @@ def _all(setup: Setup, networks: Networks, machine: Machine) -> Iterator[Planned
     for zero, checkpoint, chunk in itertools.product((setup.ds, *shipped().values()), checkpoints, chunks):
         for micro in micros:
             other = with_policy(settings, checkpoint=checkpoint, attention_chunk=chunk, micro_batch=micro)
+            one = dataclasses.replace(setup, settings=other, ds=zero)
+            if sum(memory.states(one, networks).values()) > machine.gpu.memory_gib * GIB:
+                break  # no activations needed to see that
             try:
-                found = plan(dataclasses.replace(setup, settings=other, ds=zero), networks, machine)
+                found = plan(one, networks, machine)
             except UserError:  # this micro-batch does not divide the batch
                 continue
             yield found

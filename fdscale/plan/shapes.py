@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -55,19 +55,22 @@ class Live(TorchDispatchMode):
         del self._marks[key]
 
 
-class _GpuAttention(TorchFunctionMode):
+@contextmanager
+def _gpu_attention() -> Iterator[None]:
     """torch's memory-efficient attention, which GPUs take for a bias with a gradient; other devices keep all scores.
 
-    As torch does for it, the bias is copied to rows of a multiple of 8, and stands for all images without a copy.
+    The function is replaced, since a mode of torch would not be on while a backward recomputes.
     """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return _attend(*args, **(kwargs or {}))
+    usual = F.scaled_dot_product_attention
+    F.scaled_dot_product_attention = _attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = usual
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """As torch calls it: the bias is copied to rows of a multiple of 8, and stands for all images without a copy."""
     if attn_mask is not None:
         keys = attn_mask.shape[-1]
         attn_mask = F.pad(attn_mask.to(q.dtype), (0, -keys % 8))[..., :keys].expand(*q.shape[:-1], keys)
@@ -187,7 +190,7 @@ class Networks:
             for some in (1, 2):  # images do not meet in a teacher: what it needs is linear in them
                 images = torch.empty(some, 3, *size, device="meta")
                 live = Live([images, *network.parameters(), *network.buffers()])
-                with live, _GpuAttention(), torch.no_grad():
+                with live, _gpu_attention(), torch.no_grad():
                     forward(network, images)
                 peaks.append(live.peak)
         except Exception:  # every network fails in its own way
@@ -202,18 +205,12 @@ def _measure(module: nn.Module, arguments: tuple[Tensor, ...], offloaded: list[n
         block.forward = functools.partial(_noting, inputs, block.forward)
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(_drop)
-    with Live([*module.parameters(), *module.buffers(), *arguments]) as live, _GpuAttention() if gpu else _Nothing():
+    live = Live([*module.parameters(), *module.buffers(), *arguments])
+    with live, _gpu_attention() if gpu else nullcontext():
         loss = module(*arguments)
         kept, moved = live.now, sum(inputs)
         loss.backward()
     return Activations(kept - moved, live.peak - moved, moved)
-
-
-class _Nothing(TorchFunctionMode):
-    """Leaves all functions as they are."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **(kwargs or {}))
 
 
 def _noting(sizes: list[int], forward: Any, x: Tensor, *more: Any) -> Any:
