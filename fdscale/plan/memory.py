@@ -84,19 +84,32 @@ class Memory(NamedTuple):
 def states(setup: Setup, networks: Networks) -> dict[str, int]:
     """Parameters, gradients and optimizer state of one GPU: what DeepSpeed holds from step to step, or at its end.
 
-    bf16: weights 2 bytes, gradients accumulated in float32, float32 master weights with two moments. float32: the same
-    with weights of 4, and at stage 0 no second copy of them.
+    bf16: weights 2 bytes, gradients accumulated in float32, float32 master weights with two moments; stage 1 also keeps
+    the gradients in bf16 until the update. float32: the same with weights of 4, and at stage 0 no second copy of them.
+    tests/plan/states.py counts the tensors of real engines.
     """
     n, r, zero = networks.parameters, setup.world, stage(setup.ds)
     kept = sum(size for size in networks.sizes.values() if size <= _persistent(setup)) if zero == 3 else 0
     weights = setup.weight_bytes * (n if zero < 3 else -(-n // r) + kept * (r > 1))
-    grads = 4 * (n if zero < 2 else -(-n // r))
+    grads = 4 * (n if zero == 0 or (zero == 1 and setup.accumulation > 1) else -(-n // r))
+    if zero == 1 and bf16(setup.ds):
+        grads = (4 + 2) * n
     optimizer = 8 * n if zero == 0 else 12 * -(-n // r)
     if offloaded(setup.ds):
         grads, optimizer = (grads if zero < 2 else 0), 0
     if zero == 3 and _on_host(setup, "offload_param"):
         weights = setup.weight_bytes * kept
     return {"parameters": weights, "gradients": grads, "optimizer": optimizer}
+
+
+def host_states(setup: Setup, networks: Networks) -> dict[str, int]:
+    """What one rank holds in host memory instead; gradients twice, as they come and as the update takes them."""
+    share, parts = -(-networks.parameters // setup.world), {}
+    if offloaded(setup.ds):
+        parts["offloaded optimizer"] = (12 + 4 + 4) * share
+    if _on_host(setup, "offload_param"):
+        parts["offloaded parameters"] = setup.weight_bytes * share
+    return parts
 
 
 def estimate(setup: Setup, networks: Networks) -> Memory:
@@ -130,11 +143,11 @@ def estimate(setup: Setup, networks: Networks) -> Memory:
 def buckets(setup: Setup, parameters: int) -> int:
     """Those in which gradients are reduced.
 
-    Stage 2: two with overlap_comm, else one, in the weights' dtype; stage 3: one. What goes over the wire in float32 is
-    a further copy.
+    Stage 2: two with overlap_comm, else one, in the weights' dtype; stage 3, and stage 1 in float32: one. What goes
+    over the wire in float32 is a further copy.
     """
     zero = stage(setup.ds)
-    if zero < 2:
+    if zero == 0 or (zero == 1 and bf16(setup.ds)):
         return 0
     size = int(setup.zero.get("reduce_bucket_size", 500_000_000))
     count = 2 if zero == 2 and setup.overlaps else 1
@@ -190,10 +203,7 @@ def _host(setup: Setup, networks: Networks, offloaded_inputs: int) -> dict[str, 
         "data workers": data.workers * (WORKER + data.prefetch * images),
         "processes": PROCESS,
     }
-    if offloaded(setup.ds):  # gradients twice: as they come, and as the update takes them
-        parts["offloaded optimizer"] = (12 + 4 + 4) * share
-    if _on_host(setup, "offload_param"):
-        parts["offloaded parameters"] = setup.weight_bytes * share
     if offloaded_inputs:
         parts["offloaded activations"] = offloaded_inputs
+    parts |= host_states(setup, networks)
     return {name: ranks * size for name, size in parts.items()}

@@ -13,6 +13,8 @@ from fdscale.plan.machines import Machine
 from fdscale.plan.memory import GIB, Setup
 from fdscale.plan.shapes import Networks, with_policy
 
+ALIKE = 1.05  # no estimate here is better than that: of what costs alike, the fewest changes win
+
 
 class Planned(NamedTuple):
     """One configuration, and what it needs."""
@@ -58,8 +60,10 @@ def cheapest(setup: Setup, networks: Networks, machine: Machine) -> Planned | No
     for factor in (1, 2, 4, 8):
         wider = dataclasses.replace(setup, world=setup.world * factor)
         fitting = [found for found in _all(wider, networks, machine) if found.fits]
-        if fitting:  # of equals the one with the fewest changes
-            return min(fitting, key=lambda found: (found.gpu_seconds, len(changes(setup, found.setup))))
+        if fitting:
+            least = min(found.gpu_seconds for found in fitting)
+            alike = [found for found in fitting if found.gpu_seconds <= ALIKE * least]
+            return min(alike, key=lambda found: (len(changes(setup, found.setup)), found.gpu_seconds))
     return None
 
 
