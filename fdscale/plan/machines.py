@@ -77,5 +77,6 @@ def machine(gpu: str, network: str | None, gpus_per_node: int, **shares: float |
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), list(names), n=2, cutoff=0.3)
+    near = [known for known in names if name and known.startswith(name.lower())]
+    near = near or difflib.get_close_matches(name.lower(), list(names), n=2, cutoff=0.3)
     return f"{'nearest: ' + ', '.join(near) + '; ' if near else ''}known: {', '.join(names)}"

@@ -101,7 +101,7 @@ class Networks:
         optim = settings.optim
         groups = param_groups(self.module, optim.lr, optim.weight_decay, optim.layer_decay)
         self.groups = [sum(parameter.numel() for parameter in group["params"]) for group in groups]
-        self._found: dict[Any, Activations] = {}
+        self._found: dict[Any, Any] = {}  # what was measured, for all memory sections
 
     @property
     def parameters(self) -> int:
@@ -181,13 +181,19 @@ class Networks:
         """
         if not self.teacher_runs:
             return 0
+        if "teacher" not in self._found:
+            self._found["teacher"] = self._teacher_peaks()
+        peaks = self._found["teacher"]
+        return peaks and peaks[0] + (self.settings.memory.micro_batch - 1) * (peaks[1] - peaks[0])
+
+    def _teacher_peaks(self) -> list[int] | None:
+        """For one image and for two. Images do not meet in a teacher: what it needs is linear in them."""
         assert self.teacher is not None
-        count = self.settings.memory.micro_batch
         size = self.teacher.image_size or (self.settings.data.image_size,) * 2
+        peaks = []
         try:
             network, forward = self.teacher.without_content()
-            peaks = []
-            for some in (1, 2):  # images do not meet in a teacher: what it needs is linear in them
+            for some in (1, 2):
                 images = torch.empty(some, 3, *size, device="meta")
                 live = Live([images, *network.parameters(), *network.buffers()])
                 with live, _gpu_attention(), torch.no_grad():
@@ -195,7 +201,7 @@ class Networks:
                 peaks.append(live.peak)
         except Exception:  # every network fails in its own way
             return None
-        return peaks[0] + (count - 1) * (peaks[1] - peaks[0])
+        return peaks
 
 
 def _measure(module: nn.Module, arguments: tuple[Tensor, ...], offloaded: list[nn.Module], gpu: bool) -> Activations:
