@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fdscale import config
-from fdscale.engine.ds_config import accumulation, bf16, offloaded, stage
+from fdscale.engine.ds_config import accumulation, bf16, check_world, offloaded, stage
 from fdscale.plan.shapes import Networks
 
 GIB = 2**30
@@ -85,7 +85,8 @@ def states(setup: Setup, networks: Networks) -> dict[str, int]:
     """Parameters, gradients and optimizer state of one GPU: what DeepSpeed holds from step to step, or at its end.
 
     bf16: weights 2 bytes, gradients accumulated in float32, float32 master weights with two moments; stage 1 also keeps
-    the gradients in bf16 until the update. float32: the same with weights of 4, and at stage 0 no second copy of them.
+    the gradients in bf16 until the update, unless bf16.immediate_grad_update is on. float32: the same with weights of
+    4, and at stage 0 no second copy of them.
     tests/plan/states.py counts the tensors of real engines.
     """
     n, r, zero = networks.parameters, setup.world, stage(setup.ds)
@@ -93,7 +94,7 @@ def states(setup: Setup, networks: Networks) -> dict[str, int]:
     weights = setup.weight_bytes * (n if zero < 3 else -(-n // r) + kept * (r > 1))
     grads = 4 * (n if zero == 0 or (zero == 1 and setup.accumulation > 1) else -(-n // r))
     if zero == 1 and bf16(setup.ds):
-        grads = (4 + 2) * n
+        grads = (4 if setup.ds["bf16"].get("immediate_grad_update") else 4 + 2) * n
     optimizer = 8 * n if zero == 0 else 12 * -(-n // r)
     if offloaded(setup.ds):
         grads, optimizer = (grads if zero < 2 else 0), 0
@@ -113,8 +114,9 @@ def host_states(setup: Setup, networks: Networks) -> dict[str, int]:
 
 
 def estimate(setup: Setup, networks: Networks) -> Memory:
-    """All of it. Raises UserError where the batch does not divide."""
+    """All of it. Raises UserError where the batch does not divide, or the ds_config does not suit so many GPUs."""
     setup.accumulation  # noqa: B018  it raises
+    check_world(setup.ds, setup.world)
     settings, n = setup.settings, networks.parameters
     found, notes = networks.activations(setup.dtype), []
     teacher = networks.teacher_peak()

@@ -7,7 +7,7 @@ hides under a share of the pass it belongs to where the ds_config lets it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fdscale import student
 from fdscale.engine import memory
@@ -124,8 +124,9 @@ def _teacher_s(networks: Networks, machine: Machine) -> float:
     flops = 2 * teacher.flops(size)
     if not hasattr(teacher.network, "attended"):
         return images * flops / rate
-    work = teacher.network.attended(teacher.image_size or size)
-    fused = not hasattr(teacher.network.blocks()[0].attn, "kernels")
+    network: Any = teacher.network
+    work = network.attended(teacher.image_size or size)
+    fused = not hasattr(network.blocks()[0].attn, "kernels")
     linear = images * max(0, flops - _attention_flops(work)) / rate
     return linear + sum(attention_s(work, images, machine, fused=fused))
 

@@ -11,8 +11,8 @@ from fdscale.plan.memory import GIB
 from fdscale.plan.pace import IMAGE_BYTES
 from fdscale.plan.search import Planned, changes
 
-COUNTED = ("parameters", "gradients", "optimizer", "teacher", "batch", "activations kept", "activations at work")
-COUNTED += ("average of the weights",)
+COUNTED = {"parameters", "gradients", "optimizer", "average of the weights", "teacher", "batch", "activations kept"}
+COUNTED |= {"activations at work"}
 
 
 def numbers(found: Planned, machine: Machine, price: float | None) -> dict[str, Any]:

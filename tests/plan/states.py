@@ -28,6 +28,11 @@ CASES = {
     "zero0": {"zero_optimization": {"stage": 0}},
     "zero1": {"zero_optimization": {"stage": 1, **SMALL}},
     "zero1-bf16": {"zero_optimization": {"stage": 1}, **BF16},
+    "zero1-bf16-immediate": {
+        **BF16,
+        "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": True, "immediate_grad_update": True},
+    },
     "zero2-bf16": {"zero_optimization": {"stage": 2, **SMALL}, **BF16},
     "zero3-bf16": {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, **SMALL}, **BF16},
     "zero3-bf16-persistent": {"zero_optimization": {"stage": 3, **SMALL}, **BF16},  # all of this network
