@@ -179,6 +179,7 @@ def test_swinv2_g_is_fine_tuned_as_in_its_paper() -> None:
     assert [stage.blocks[0].attn.window[0] for stage in now.layers] == [40, 40, 40, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_teacher_is_known_and_its_tokens_meet_the_students(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.load(name)
@@ -197,6 +198,7 @@ def test_the_teacher_is_known_and_its_tokens_meet_the_students(name: str, monkey
     assert teacher.flops((settings.data.image_size,) * 2) / 1e9 == pytest.approx(gmacs, rel=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*COUNTS, *FINETUNED])
 def test_the_cost_in_the_header_is_that_of_the_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps from images, epochs and batch; FLOP of 3 forwards, of the teacher's and of what is recomputed."""

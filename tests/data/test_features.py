@@ -148,6 +148,7 @@ def test_the_files_are_what_the_format_says(tmp_path: Path) -> None:
 # Damage
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_and_every_cut_is_found_and_named(tmp_path: Path) -> None:
     plan = plan_of("int8")
     folder = write(tmp_path / "cache", plan)

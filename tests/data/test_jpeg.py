@@ -210,6 +210,7 @@ print(given)
 """
 
 
+@pytest.mark.slow
 def test_damage_gives_pillows_pixels_or_nothing_and_never_a_crash():
     """In a process of its own, so that a crash would be seen."""
     code = DAMAGE.format(tests=os.path.dirname(__file__), seed=1, count=6000)

@@ -106,6 +106,7 @@ def test_it_repeats_to_the_bit():
         assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
 
 
+@pytest.mark.slow
 def test_no_more_than_a_few_tiles_of_scores_are_alive(monkeypatch):
     """The reference keeps them all. Measured beneath the op, which hides what it does."""
     monkeypatch.setattr(tiled, "TILE", 1)  # the least: one row of a window
