@@ -42,6 +42,7 @@ def data_of(path: Path) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_name_and_value_as_the_model_itself_exports(tmp_path: Path, kind: str) -> None:
     of = checkpoints.settings(*MODELS[kind])

@@ -93,6 +93,7 @@ def test_a_place_that_cannot_be_written_to_is_named(
     assert file.read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     command = ["sh", "-c", "sleep 300 & echo $!; echo begun; wait"]
     assert gpu.run_within(command, 1.0, tmp_path / "log", dict(os.environ)) is None

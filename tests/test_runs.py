@@ -82,6 +82,7 @@ def test_a_rollback_below_an_earlier_start_costs_that_one() -> None:
     assert told["lost_s"] == pytest.approx(40 + 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", [0.0, 1e9, 4e9, None, "x", float("inf")])
 def test_clocks_that_jump_bend_no_share(tmp_path: Path, seen: Any) -> None:
     spent = {"import": 40, "steps": 50}

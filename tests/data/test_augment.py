@@ -65,6 +65,7 @@ def test_train_view_is_torchvisions_crop_of_the_same_box(photo, interpolation):
     assert 0 < flips < 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_exact_views_differ_from_torchvisions_by_rounding_alone(interpolation, kind):

@@ -85,6 +85,7 @@ def test_pixels_are_pillows(picture):
         assert np.array_equal(whole(data), expected), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["JPEG", "JPEG grey", "JPEG cmyk", "JPEG XMP", "PNG", "WEBP", "TIFF", "TIFF jpeg"])
 @pytest.mark.parametrize("orientation", range(10))
 def test_images_are_turned_upright(picture, kind, orientation):

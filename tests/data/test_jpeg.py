@@ -74,6 +74,7 @@ def test_it_is_in_use_here():
     assert jpeg.missing() is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0", "grey"])
 def test_every_part_is_pillows_to_the_bit(picture, subsampling):
     rng = random.Random(0)

@@ -231,6 +231,7 @@ def test_what_is_written_anew_is_upright_and_opaque():
     assert abs(int(np.asarray(image.convert("L"))[5, 5]) - 128) <= 1
 
 
+@pytest.mark.slow
 def test_a_decompression_bomb_is_refused_unopened():
     buffer = io.BytesIO()
     Image.new("1", (20_000, 10_000)).save(buffer, "PNG")
@@ -263,6 +264,7 @@ def table_of(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_many_rows_need_little_memory(tmp_path, photos):
     """The growth per row, so that millions fit: most of it tells keys apart."""
     from fdscale.data.listing import Listing, find

@@ -33,6 +33,7 @@ def mixtures(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(mixtures())
 def test_every_set_is_gone_through_epoch_by_epoch_and_shares_are_exact(m):

@@ -123,6 +123,7 @@ def test_a_batch_mixes_the_set():
         assert len(set(order.locate(np.arange(start, start + 64))[1].tolist())) >= 30  # of 50 shards
 
 
+@pytest.mark.slow
 def test_lookup_tables_stay_small_at_two_thousand_million_samples():
     order = Order(np.full(200_000, 10_000), seed=1, lanes=480)
     rng = np.random.default_rng(0)

@@ -78,6 +78,7 @@ def assert_saved(path: Path, state: dict[tuple[str, str], torch.Tensor]) -> None
         assert torch.equal(reader.full(name, key).flatten(), value), (name, key)
 
 
+@pytest.mark.slow
 def test_what_is_saved_is_the_state_of_the_moment_however_slow_the_copy(
     engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_equals_the_reference_whatever_the_tile(size, window, shift, mask, tile,
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-11 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "window", "shift"), [((4, 4), (2, 2), (1, 1)), ((3, 5), (2, 3), (1, 1)), ((2, 2), (2, 2), (0, 0))]
 )

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 class Given(ctypes.Structure):
     """As in emulated/probe.cu."""

@@ -60,6 +60,7 @@ def test_equals_the_definition(size, window, shift):
     )  # logits up to 100: float32 resolves 1e-5 of them
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [0, 2])
 @pytest.mark.parametrize(
     ("size", "window", "shift"), [((4, 4), (2, 2), (1, 1)), ((3, 5), (2, 3), (1, 1)), ((2, 2), (2, 2), (0, 0))]

@@ -36,6 +36,7 @@ def at(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "window", "shift"),
     [((8, 12), (4, 4), (2, 2)), ((7, 10), (4, 4), (0, 0)), ((6, 13), (2, 6), (1, 3)), ((2, 3), (4, 5), (3, 4))],

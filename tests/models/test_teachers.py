@@ -110,6 +110,7 @@ def test_stride16_of_a_swin_is_what_leaves_the_blocks_of_stage_three(tmp_path):
     assert (teacher.width, teacher.grid((64, 64))) == (64, (4, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "width"), [("resnet18", 512), ("tf_efficientnet_lite0", 1280)])
 def test_convolutional_maps_become_tokens(tmp_path, name, width):
     network = timm.create_model(name, pretrained=False).eval()  # with its classifier, which the file may hold
@@ -131,6 +132,7 @@ def test_convnexts_norm_behind_the_pooling_is_applied_to_the_map(tmp_path):
     torch.testing.assert_close(teacher(images()), expected)
 
 
+@pytest.mark.slow
 def test_a_network_without_final_norm_is_refused():
     with pytest.raises(UserError, match="no final norm"):
         load_teacher("timm:nfnet_f0", weights="random")
@@ -378,6 +380,7 @@ def test_drop_path_and_dropout_are_off():
     assert torch.equal(teacher(images()), teacher(images()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "args"), [(VIT_NAME, VIT), (SWIN_NAME, SWIN), ("resnet18", {})])
 def test_bfloat16_is_close_to_float32_and_returned_as_float32(tmp_path, name, args):
     weights = saved(tmp_path, reference(name, **args)) if args else "random"

@@ -47,6 +47,7 @@ def test_the_giant_by_zero_stage(giant: Networks) -> None:
         assert parts["parameters"] == pytest.approx(2 * n / (64 if stage == 3 else 1), abs=4)
 
 
+@pytest.mark.slow
 def test_the_giants_activations_are_the_inputs_of_its_blocks(giant: Networks) -> None:
     """What checkpointing keeps: the map before each block, in bf16; and little else."""
     maps = 2 * 48 * 48 * 512 + 2 * 24 * 24 * 1024 + 42 * 12 * 12 * 2048 + 4 * 6 * 6 * 4096
@@ -140,6 +141,7 @@ def run(capsys: pytest.CaptureFixture, *words: str) -> tuple[int, str, str]:
     return code, out, err
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_the_same(capsys: pytest.CaptureFixture) -> None:
     words = ("--gpu", "h100", "--gpus", "8,1,16", "--price", "2", "--ds", str(ROOT / "ds_configs" / "zero2.json"))
     code, out, err = run(capsys, *words)

@@ -105,6 +105,7 @@ def test_what_is_kept_is_what_autograd_saves(model: str) -> None:
     assert networks.activations(torch.float32).kept == pytest.approx(held, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_offloaded_inputs_leave_the_gpu(model: str) -> None:
     networks = Networks(small(model), gpu=False)
@@ -143,6 +144,7 @@ def test_the_gpus_attention_keeps_no_scores_and_has_the_shapes_of_torchs() -> No
     assert bias.grad.shape == bias.shape
 
 
+@pytest.mark.slow
 def test_kernels_keep_less_than_the_reference_and_checkpointing_less_than_none() -> None:
     networks = Networks(small("swin_v2"))
     by = {}
