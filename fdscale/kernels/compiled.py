@@ -29,21 +29,22 @@ def library() -> ctypes.CDLL:
     """The kernels' launchers. Raises OSError where they are not built, or not for this machine."""
     lib = ctypes.CDLL(str(LIBRARY))
     lib.window_attention_error.restype = ctypes.c_char_p
+    lib.emulated = hasattr(lib, "emulator_seed")  # the same source, compiled for a CPU: see tests/kernels/emulated
     return lib
 
 
 def cannot_run(device: torch.device) -> str | None:
-    """Why the kernels cannot run on a device, or None."""
-    if not LIBRARY.exists():
+    """Why the kernels cannot run on a device, or None. Asked at every call: it must not look at the disk again."""
+    try:
+        lib = library()
+    except OSError as error:
+        if LIBRARY.exists():
+            return f"its library cannot be loaded: {error}"
         return (
             "its library is not built (python -m fdscale.kernels.build does it; it needs nvcc, and the driver of that "
             "CUDA: 525.60 or later for 12, 580.65 or later for 13)"
         )
-    try:
-        lib = library()
-    except OSError as error:
-        return f"its library cannot be loaded: {error}"
-    if hasattr(lib, "emulator_seed"):  # the same source, compiled for a CPU: see tests/kernels/emulated
+    if lib.emulated:
         return None
     if device.type != "cuda" or torch.version.hip:
         return "it needs an NVIDIA GPU"

@@ -173,6 +173,7 @@ def test_the_biases_of_two_patches_depend_on_their_displacement_alone(side):
 
 def test_where_it_is_not_built_it_says_how(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled, "LIBRARY", tmp_path / "none.so")
+    compiled.library.cache_clear()
     with pytest.raises(UserError, match=r"memory\.kernels is cuda.*python -m fdscale\.kernels\.build.*choose auto"):
         attention.choose("cuda", torch.device("cuda"))
     (tmp_path / "none.so").write_text("not a library")
