@@ -81,6 +81,7 @@ class Run:
             token = self._claim()
             code = work(token)
         except BaseException as error:
+            self.watchdog.stop()  # where it is giving up, on a peer whose loss this error may be, the process ends here
             if isinstance(error, RuntimeError) and self.start is not None and self.start.look():
                 error = starts.Fenced(TAKEN)  # such as the loss of a peer that Slurm has ended: nothing to put right
             mistake = isinstance(error, UserError)

@@ -86,10 +86,10 @@ class Watchdog:
             self._looking.start()
 
     def stop(self) -> None:
-        """Look no more."""
+        """Look no more. Does not return where it is giving up: the process ends with its code and its word."""
         self._ended.set()
         if self._looking is not None:  # the interpreter must not end under them
-            self._looking.join(GRACE_S)
+            self._looking.join(4 * GRACE_S)  # giving up takes three parts of at most GRACE_S
         if self._asking is not None:
             self._asking.join(GRACE_S)
         faulthandler.cancel_dump_traceback_later()

@@ -15,6 +15,7 @@ from faults.starts import free_port
 from faults.zygote import ranks
 from helpers import outside
 
+from fdscale import starts
 from fdscale.watchdog import Answer, verdict
 
 Start = Callable[..., list[subprocess.Popen[str]]]
@@ -53,6 +54,23 @@ finally:
     dog.stop()
 dist.close()
 print("done", flush=True)
+"""
+
+GIVING_UP = """
+import sys, threading, time
+from pathlib import Path
+from fdscale import config, dist, watchdog
+from fdscale.run import Run
+dist.init()
+begun = threading.Event()
+def dump(self, mine):
+    begun.set()
+    time.sleep(1)
+watchdog.Watchdog._dump = dump
+def work(token):
+    begun.wait()
+    raise RuntimeError("Connection closed by peer")
+Run(Path(sys.argv[1]), config.load("demo", ["guard.step_limit_s=0.1"])).own(work)
 """
 
 
@@ -122,6 +140,18 @@ def test_what_takes_its_time_goes_on(start: Start, kind: str) -> None:
     processes = start(kind, 1, 2)
     for said, process in zip(finish(processes), processes, strict=True):
         assert (process.returncode, said.splitlines()[-1]) == (0, "done"), said
+
+
+@pytest.mark.slow
+def test_losing_a_peer_while_giving_up_is_a_hang(tmp_path: Path) -> None:
+    """The rank that the others gave up on may be gone first: what its loss raises does not count."""
+    done = subprocess.run(
+        [sys.executable, "-c", GIVING_UP, str(tmp_path)], env=outside(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 74, done.stderr
+    ended = starts.read(starts.path_of(tmp_path, 1))["ended"]
+    assert ended["code"] == 74, ended
+    assert ended["why"].startswith("hung: start takes longer")
 
 
 @pytest.mark.slow

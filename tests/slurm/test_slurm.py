@@ -57,7 +57,9 @@ def test_a_run_survives_the_cluster(cluster: Cluster, jobs: Jobs) -> None:
     cluster.wait(last, "COMPLETED")
     jobs.assert_same("alone", run)
     starts = jobs.starts(run)
-    assert [start.get("from_step") == 0 for start in starts] == [True, False, False, False]
+    again = sum(int(cluster.job(name)["Restarts"]) for name in (job, last))  # a slow machine's Slurm may lose a node
+    assert again >= 2
+    assert [start.get("from_step") == 0 for start in starts] == [True, *[False] * (again + 1)], jobs.log(run, last)
     assert {Path(start["command"][0]) for start in starts} == {
         jobs.folder / run / "slurm" / f"submit-{number:03d}" / "fdscale" / "cli.py" for number in (1, 2)
     }
