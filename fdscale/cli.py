@@ -14,11 +14,12 @@ import sys
 from collections.abc import Sequence
 
 from fdscale import UserError, __version__, signals
-from fdscale.plan import options
+from fdscale.bench import options as bench
+from fdscale.plan import options as plan
+from fdscale.verbs import RAW, settings, verb
 
 INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
-RAW = argparse.RawDescriptionHelpFormatter
 CORES = min(8, os.cpu_count() or 1)
 
 
@@ -37,9 +38,7 @@ def parser() -> argparse.ArgumentParser:
     _distill(verbs)
     _finetune(verbs)
     _evaluate(verbs)
-    plan = _verb(verbs, "plan", "fdscale.plan.app:main", options.TEXT, options.EXAMPLE)
-    _set(plan)
-    options.add(plan)
+    plan.add(verbs)
     _submit(verbs)
     _cache(verbs)
     _export(verbs)
@@ -47,19 +46,8 @@ def parser() -> argparse.ArgumentParser:
     _recipes(verbs)
     _doctor(verbs)
     _shards(verbs)
-    _bench(verbs)
+    bench.add(verbs)
     return top
-
-
-def _verb(
-    group: argparse._SubParsersAction, name: str, target: str, text: str, example: str
-) -> argparse.ArgumentParser:
-    """A verb that runs `target` (module:function, imported when it runs)."""
-    description = text[0].upper() + text[1:] + "."
-    epilog = f"example:\n  {example}"
-    sub = group.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=RAW)
-    sub.set_defaults(target=target)
-    return sub
 
 
 def _distill(verbs: argparse._SubParsersAction) -> None:
@@ -70,9 +58,7 @@ def _distill(verbs: argparse._SubParsersAction) -> None:
         "  The same command again goes on where the run stopped. On the 8 GPUs of a node:\n"
         "  torchrun --nproc-per-node 8 -m fdscale.cli -- distill clip_vit_base_300 ..."
     )
-    sub = _verb(
-        verbs, "distill", "fdscale.distill:main", "train a student on the features of a frozen teacher", example
-    )
+    sub = verb(verbs, "distill", "fdscale.distill:main", "train a student on the features of a frozen teacher", example)
     _training(sub)
 
 
@@ -84,14 +70,14 @@ def _finetune(verbs: argparse._SubParsersAction) -> None:
         "  student.weights: a run of `fdscale distill`, or a file. The same command again goes on where it stopped."
     )
     text = "train a distilled student as a classifier of images"
-    _training(_verb(verbs, "finetune", "fdscale.finetune:main", text, example))
+    _training(verb(verbs, "finetune", "fdscale.finetune:main", text, example))
 
 
 def _training(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
     sub.add_argument("--steps", type=int, metavar="N", help="stop after step N; the schedule keeps its shape")
-    _set(sub)
+    settings(sub)
     ds = "DeepSpeed JSON: ZeRO stage, offload, precision (default: ZeRO 0 in float32)"
     sub.add_argument("--ds", metavar="FILE", help=ds)
     sub.add_argument("--resume", metavar="CHECKPOINT", help="start a new run from another run's checkpoint directory")
@@ -104,12 +90,12 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         "  fdscale evaluate clip_vit_base_300_finetune --weights clip_b_ft.pth --set data.heldout_shards=..."
     )
     text = "measure a classifier's accuracy on the held-out set, each image once"
-    sub = _verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)
+    sub = verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)
     where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
     sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
     sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")
     sub.add_argument("--weights", metavar="FILE", help="take a whole classifier's weights from a file")
-    _set(sub)
+    settings(sub)
     sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the network")
     to = "JSON file to write, with the accuracy of each class (default: RUN/evaluation/STEP.json)"
@@ -124,7 +110,7 @@ def _submit(verbs: argparse._SubParsersAction) -> None:
         "    --set data.shards='/data/imagenet/train-{0000..0639}.tar' \\\n"
         "    --set teacher.weights=/models/clip_vit_b16.safetensors --sbatch --exclusive --mem=0"
     )
-    sub = _verb(verbs, "submit", "fdscale.submit:main", "run a recipe as a Slurm job that requeues itself", example)
+    sub = verb(verbs, "submit", "fdscale.submit:main", "run a recipe as a Slurm job that requeues itself", example)
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
     sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
@@ -136,21 +122,16 @@ def _submit(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--time", required=True, metavar="TIME", help=limit)
     sub.add_argument("--partition", metavar="NAME", help="where to run")
     sub.add_argument("--account", metavar="NAME", help="who pays")
-    _set(sub)
+    settings(sub)
     sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
     sub.add_argument("--after", metavar="JOBID", help="start once that job is done; if it fails, never")
     array = "a job array: each line of the file holds overrides, such as optim.lr=1e-3; line K runs in DIR/K, K from 0"
     sub.add_argument("--array", metavar="FILE", help=array)
-    verb = "what to run: distill, finetune or evaluate (default: distill)"
-    sub.add_argument("--verb", dest="script", default="distill", metavar="VERB", help=verb)
+    what = "what to run: distill, finetune or evaluate (default: distill)"
+    sub.add_argument("--verb", dest="script", default="distill", metavar="VERB", help=what)
     sub.add_argument("--dry-run", action="store_true", help="check, print the script, and submit nothing")
     rest = "everything after it goes to sbatch, for example --sbatch --exclusive --mem=0"
     sub.add_argument("--sbatch", nargs=argparse.REMAINDER, default=[], metavar="OPTION", help=rest)
-
-
-def _set(sub: argparse.ArgumentParser) -> None:
-    setting = "override a key of the recipe, for example optim.lr=2e-4"
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
 
 
 def _cache(verbs: argparse._SubParsersAction) -> None:
@@ -162,20 +143,20 @@ def _cache(verbs: argparse._SubParsersAction) -> None:
         "  fdscale distill, the same settings, and --set cache.features=/scratch/clip-features"
     )
     text = "write a teacher's features once, for runs that replay them"
-    sub = _verb(verbs, "cache", "fdscale.cache:main", text, example)
+    sub = verb(verbs, "cache", "fdscale.cache:main", text, example)
     sub.add_argument(
         "recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file; needs cache.epochs"
     )
     sub.add_argument(
         "--out", required=True, metavar="DIR", help="directory of the cache; an existing one is gone on with"
     )
-    _set(sub)
+    settings(sub)
     sub.add_argument("--repair", action="store_true", help="read every file there, and write the damaged ones anew")
 
 
 def _export(verbs: argparse._SubParsersAction) -> None:
     example = "fdscale export runs/clip-b student.safetensors --names timm"
-    sub = _verb(verbs, "export", "fdscale.export:main", "write a student's weights as safetensors", example)
+    sub = verb(verbs, "export", "fdscale.export:main", "write a student's weights as safetensors", example)
     sub.add_argument("source", help="run directory, or one checkpoint directory of it")
     sub.add_argument("out", help="file to write (.safetensors), or a directory for several files with an index")
     names = "parameter names: ours, microsoft's Swin V2 or BEiT's, or timm's (default: fdscale)"
@@ -189,7 +170,7 @@ def _export(verbs: argparse._SubParsersAction) -> None:
 
 def _runs(verbs: argparse._SubParsersAction) -> None:
     text = "list runs: their state, progress, restarts and goodput"
-    sub = _verb(verbs, "runs", "fdscale.runs:main", text, "fdscale runs /scratch/runs --json")
+    sub = verb(verbs, "runs", "fdscale.runs:main", text, "fdscale runs /scratch/runs --json")
     where = "run directories, or directories that hold some (default: runs)"
     sub.add_argument("directories", nargs="*", default=["runs"], metavar="DIR", help=where)
     slow = "how fast each rank is, the slowest first: the 50th, 95th and 100th percentile of the last steps"
@@ -199,7 +180,7 @@ def _runs(verbs: argparse._SubParsersAction) -> None:
 
 def _recipes(verbs: argparse._SubParsersAction) -> None:
     example = "fdscale recipes clip_vit_base_300"
-    sub = _verb(verbs, "recipes", "fdscale.catalog:main", "list the recipes, or show one", example)
+    sub = verb(verbs, "recipes", "fdscale.catalog:main", "list the recipes, or show one", example)
     sub.add_argument("recipe", nargs="?", help="show this one instead of the list")
     sub.add_argument("--keys", action="store_true", help="list every key with its default and meaning")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
@@ -207,7 +188,7 @@ def _recipes(verbs: argparse._SubParsersAction) -> None:
 
 def _doctor(verbs: argparse._SubParsersAction) -> None:
     text = "say what this machine can run and what is missing"
-    sub = _verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor")
+    sub = verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
     build = "also compile now what DeepSpeed would at first use, under this ds_config (default: ZeRO 0)"
     sub.add_argument("--build", nargs="?", const="", metavar="FILE", help=build)
@@ -252,7 +233,7 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
         "  fdscale shards make list.csv shards/train --samples-per-shard 5000\n"
         "  fdscale shards make ~/imagenet-1k shards/val --split validation --skip-damaged"
     )
-    sub = _verb(kinds, "make", "fdscale.pack:make", text, example)
+    sub = verb(kinds, "make", "fdscale.pack:make", text, example)
     source = "folder of images (class subfolders give labels), .csv, .tsv, .jsonl or .parquet, or Hugging Face folder"
     sub.add_argument("source", help=source)
     sub.add_argument("out", help="directory of the shards; must not exist")
@@ -275,7 +256,7 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
 
 def _shards_index(kinds: argparse._SubParsersAction) -> None:
     example = "fdscale shards index '/data/train-{0000..0639}.tar' --index /scratch/train-index"
-    sub = _verb(kinds, "index", "fdscale.pack:index", "index existing shards; they are not touched", example)
+    sub = verb(kinds, "index", "fdscale.pack:index", "index existing shards; they are not touched", example)
     _given_shards(sub)
     sub.add_argument("--skip-damaged", action="store_true", help="index what is whole and list the rest, not stop")
     idx = "take offsets from DALI's .idx files (v1.2) beside the shards, instead of reading every header"
@@ -291,7 +272,7 @@ def _counts(sub: argparse.ArgumentParser) -> None:
 
 def _shards_verify(kinds: argparse._SubParsersAction) -> None:
     text = "read shards against their index and name every problem; exit code 2 if there is one"
-    sub = _verb(kinds, "verify", "fdscale.pack:verify", text, "fdscale shards verify shards/train --decode")
+    sub = verb(kinds, "verify", "fdscale.pack:verify", text, "fdscale shards verify shards/train --decode")
     _given_shards(sub)
     sub.add_argument("--decode", action="store_true", help="also decode every image")
     sub.add_argument("--unique-keys", action="store_true", help="also look for keys that several shards hold")
@@ -301,7 +282,7 @@ def _shards_verify(kinds: argparse._SubParsersAction) -> None:
 
 def _shards_stats(kinds: argparse._SubParsersAction) -> None:
     text = "count what is in shards: samples, bytes, members, image sizes, classes"
-    sub = _verb(kinds, "stats", "fdscale.pack:stats", text, "fdscale shards stats shards/train")
+    sub = verb(kinds, "stats", "fdscale.pack:stats", text, "fdscale shards stats shards/train")
     _given_shards(sub)
     sub.add_argument("--sample", type=int, default=1000, metavar="N", help="images looked into (default: 1000)")
     _common(sub)
@@ -310,7 +291,7 @@ def _shards_stats(kinds: argparse._SubParsersAction) -> None:
 def _shards_reshard(kinds: argparse._SubParsersAction) -> None:
     text = "write the samples of indexed shards into shards of another size"
     example = "fdscale shards reshard '/data/train-{0000..0639}.tar' /data/train-256 --shard-mib 256 --shuffle"
-    sub = _verb(kinds, "reshard", "fdscale.pack:reshard", text, example)
+    sub = verb(kinds, "reshard", "fdscale.pack:reshard", text, example)
     _given_shards(sub, several=False)
     sub.add_argument("out", help="directory of the new shards; must not exist")
     _shard_sizes(sub)
@@ -319,70 +300,6 @@ def _shards_reshard(kinds: argparse._SubParsersAction) -> None:
     sub.add_argument("--prefix-keys", action="store_true", help="put the name of the old shard before each key")
     sub.add_argument("--out-index", metavar="DIR", help="directory of the new index (default: OUT/index)")
     _common(sub)
-
-
-def _bench(verbs: argparse._SubParsersAction) -> None:
-    bench = verbs.add_parser("bench", help="measure against what else there is, side by side")
-    tables = bench.add_subparsers(dest="what", metavar="WHAT", required=True)
-    rounds = "rounds in which all ways take turns (default: 12)"
-    to = "also write every measured time as JSON"
-
-    text = "measure decoding, the whole loader and indexing"
-    sub = _verb(tables, "data", "fdscale.bench.data:main", text, "fdscale bench data --json data.json")
-    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
-    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
-    sub.add_argument("--json", metavar="FILE", help=to)
-
-    text = "measure worker processes against threads, in a training step"
-    sub = _verb(tables, "workers", "fdscale.bench.workers:main", text, "fdscale bench workers --json workers.json")
-    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
-    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
-    sub.add_argument("--json", metavar="FILE", help=to)
-
-    text = "measure window attention against the official code and torch's own"
-    sub = _verb(tables, "attention", "fdscale.bench.attention:main", text, "fdscale bench attention --rounds 20")
-    sub.add_argument("--rounds", type=int, metavar="N", help="on a CPU, rounds in which all take turns (default: 12)")
-    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    sub.add_argument("--quick", action="store_true", help="on a CPU whether it runs; on a GPU two layers")
-    sub.add_argument("--json", metavar="FILE", help=to)
-    limit = "on a GPU, begin no layer after so many seconds (default: none)"
-    sub.add_argument("--seconds", type=float, default=20.0, metavar="S", help="on a GPU, of each layer (default: 20)")
-    sub.add_argument("--limit", type=float, metavar="S", help=limit)
-    compiled = "on a GPU, time the ways of torch.compile on the first N layers only (default: on all)"
-    sub.add_argument("--compiled", type=int, metavar="N", help=compiled)
-    sub.add_argument("--resume", action="store_true", help="on a GPU, keep the layers that are in the JSON file")
-
-    text = "measure whole networks by every path of window attention"
-    sub = _verb(tables, "model", "fdscale.bench.model:main", text, "fdscale bench model --json model.json")
-    sub.add_argument("--seconds", type=float, default=10.0, metavar="S", help="of each network (default: 10)")
-    sub.add_argument("--limit", type=float, metavar="S", help="begin no network after so many seconds (default: none)")
-    sub.add_argument("--json", metavar="FILE", help=to)
-
-    text = "measure the small fused ops against torch.compile of the same"
-    sub = _verb(tables, "fused", "fdscale.bench.fused:main", text, "fdscale bench fused --json fused.json")
-    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
-    sub.add_argument("--json", metavar="FILE", help=to)
-
-    text = "measure how well batches are mixed"
-    sub = _verb(tables, "shuffle", "fdscale.bench.shuffle:main", text, "fdscale bench shuffle --json shuffle.json")
-    sub.add_argument("--json", metavar="FILE", help=to)
-
-    text = "measure a training step against timm in a plain loop"
-    sub = _verb(tables, "step", "fdscale.bench.step:main", text, "fdscale bench step --json step.json")
-    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
-    sub.add_argument("--batch", type=int, default=8, metavar="N", help="images in a batch (default: 8)")
-    sub.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all cores)")
-    sub.add_argument("--json", metavar="FILE", help=to)
-
-    text = "measure for how long training waits for a checkpoint"
-    sub = _verb(tables, "checkpoint", "fdscale.bench.checkpoint:main", text, "fdscale bench checkpoint --width 768")
-    sub.add_argument("--rounds", type=int, default=12, metavar="N", help=rounds)
-    sub.add_argument("--width", type=int, default=768, metavar="N", help="channels of the ViT (default: 768, 86 M)")
-    sub.add_argument("--batch", type=int, default=1, metavar="N", help="images in a batch of a rank (default: 1)")
-    sub.add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default: 1)")
-    sub.add_argument("--folder", metavar="DIR", help="where to write (default: the system's temporary directory)")
-    sub.add_argument("--quick", action="store_true", help="a round of next to nothing: whether it runs")
-    sub.add_argument("--json", metavar="FILE", help=to)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "job": {"config", "data", "dist", "engine", "inputs", "kernels", "recovery", "run", "starts", "train", "watchdog"},
     "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data"},
-    "cli": {"config", "signals", *APPS},
+    "verbs": set(),
+    "cli": {"config", "signals", "verbs", *APPS},
     **{
         app: {
             "train",
@@ -57,6 +58,7 @@ MAY_IMPORT = {
             "dist",
             "kernels",
             "signals",
+            "verbs",
             *SHARED,
             *APPS,
         }

@@ -98,6 +98,15 @@ def test_bench_fused_measures_every_way(tmp_path: Path) -> None:
         assert all(len(taken) == 1 and taken[0] > 0 for taken in found["seconds"].values())
 
 
+def test_where_the_figures_go_is_asked_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for place in (tmp_path / "missing" / "step.json", tmp_path):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["bench", "step", "--json", str(place)])
+        assert f"'{place}' cannot be written: expected a file in a directory that exists" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shift", [0, 2])
 def test_all_ways_of_attention_compute_the_same(shift: int) -> None:
     shape = attention.Shape("", 2, 8, 4, shift, 2)

@@ -11,7 +11,6 @@ Letters: B images, H W map, C channels = h heads x d, N tokens of a window, w wi
 
 from __future__ import annotations
 
-import json as json_module
 import os
 import statistics
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from fdscale import UserError, dist
 from fdscale.bench.baselines import official, sdpa
-from fdscale.bench.timing import in_turns, ratio
+from fdscale.bench.timing import in_turns, ratio, save
 from fdscale.kernels import attention
 
 
@@ -62,7 +61,7 @@ def main(
     rounds: int | None,
     threads: int | None,
     quick: bool,
-    json: str | None,
+    json: Path | None,
     seconds: float,
     limit: float | None,
     compiled: int | None,
@@ -77,7 +76,7 @@ def main(
         from fdscale.bench import protocol
 
         rows = protocol.QUICK if quick else protocol.ROWS
-        return protocol.run(rows, device, protocol.Effort(seconds, limit, compiled), json and Path(json), resume)
+        return protocol.run(rows, device, protocol.Effort(seconds, limit, compiled), json, resume)
     result: dict[str, Any] = {
         "device": "CPU",
         "threads": torch.get_num_threads(),
@@ -90,7 +89,7 @@ def main(
         result["layers"][shape.layer] = measure(shape, result["rounds"])
     print_tables(result)
     if json:
-        Path(json).write_text(json_module.dumps(result, indent=1) + "\n")
+        save(json, result)
     return 0
 
 

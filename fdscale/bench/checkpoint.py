@@ -22,7 +22,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from json import dumps
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ import torch
 
 from fdscale import config, dist
 from fdscale.bench.data import machine, ratio
+from fdscale.bench.timing import save
 from fdscale.engine import state
 from fdscale.engine.initialize import initialize
 from fdscale.engine.room import open_room
@@ -44,7 +44,7 @@ BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "
 WAYS = ("DeepSpeed", "fdscale, waits", "fdscale")
 
 
-def main(rounds: int, width: int, batch: int, stage: int, folder: str | None, quick: bool, json: str | None) -> int:
+def main(rounds: int, width: int, batch: int, stage: int, folder: str | None, quick: bool, json: Path | None) -> int:
     """`fdscale bench checkpoint`: measure, print, and write JSON."""
     dist.init()
     place = Path(dist.gather(tempfile.mkdtemp(dir=folder) if dist.rank() == 0 else None)[0])
@@ -58,7 +58,7 @@ def main(rounds: int, width: int, batch: int, stage: int, folder: str | None, qu
     if dist.rank() == 0:
         print_table(result)
         if json:
-            Path(json).write_text(dumps(result, indent=1) + "\n")
+            save(json, result)
     dist.close()
     return 0
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import itertools
-import json as json_module
 import os
 import platform
 import random
@@ -30,7 +29,7 @@ from PIL import Image, features
 from torch.utils.data import DataLoader
 
 from fdscale import UserError
-from fdscale.bench.timing import Clocks, in_turns, ratio
+from fdscale.bench.timing import Clocks, in_turns, ratio, save
 from fdscale.data import jpeg
 from fdscale.data.augment import train_view
 from fdscale.data.index import open_index
@@ -60,13 +59,13 @@ FULL = Effort({"500 x 375": (96, 500, 375), "1024 x 768": (32, 1024, 768)}, 8, 1
 QUICK = Effort({"100 x 75": (3, 100, 75)}, 8, 5, 1, 200)
 
 
-def main(rounds: int, quick: bool, json: str | None) -> int:
+def main(rounds: int, quick: bool, json: Path | None) -> int:
     """Measure, print Markdown, and write JSON."""
     torch.set_num_threads(1)
     result = measure(1 if quick else rounds, QUICK if quick else FULL)
     print_tables(result)
     if json:
-        Path(json).write_text(json_module.dumps(result, indent=1) + "\n")
+        save(json, result)
     return 0
 
 

@@ -49,9 +49,9 @@ QUICK = (Shape("tiny", 2, 6, 16, 4),)
 Way = Callable[..., Tensor]
 
 
-def main(quick: bool, json: str | None) -> int:
+def main(quick: bool, json: Path | None) -> int:
     """Measure, print Markdown, and write JSON."""
-    print(table(measure(dist.device(), quick, json and Path(json))))
+    print(table(measure(dist.device(), quick, json)))
     return 0
 
 

@@ -59,9 +59,9 @@ GPU = (
 CPU = (Case("tiny student, step", 2, 32, 4), Case("tiny stack, checkpointed", 2, 8, 8, 32, 2, True))
 
 
-def main(seconds: float, limit: float | None, json: str | None) -> int:
+def main(seconds: float, limit: float | None, json: Path | None) -> int:
     """Measure, print Markdown, and write JSON, also in between."""
-    run(dist.device(), seconds, limit, json and Path(json))
+    run(dist.device(), seconds, limit, json)
     return 0
 
 

@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import islice
-from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import webdataset
 
+from fdscale.bench.timing import save
 from fdscale.data.order import Order, default_lanes
 
 PER_SHARD = 10_000  # samples
@@ -48,12 +48,12 @@ SETS = (Set("ImageNet-22K", 1420, 21841), Set("LAION-2B", 200_000, 100_000))
 MACHINE = Machine(batch=4096, ranks=8, workers=4)
 
 
-def main(json: str | None) -> int:
+def main(json: Path | None) -> int:
     """`fdscale bench shuffle`: measure, print, and write JSON."""
     result = {one.name: measure(one, MACHINE) for one in SETS}
     print_tables(result, MACHINE)
     if json:
-        Path(json).write_text(dumps(result, indent=1) + "\n")
+        save(json, result)
     return 0
 
 

@@ -17,7 +17,6 @@ narrow.
 
 from __future__ import annotations
 
-import json as json_module
 import os
 import random
 import statistics
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fdscale import config, dist
+from fdscale.bench.timing import save
 from fdscale.engine.guard import Guard
 from fdscale.engine.initialize import initialize
 from fdscale.engine.metrics import Meter, Work
@@ -77,14 +77,14 @@ class TimmDistiller(nn.Module):
         return feature_loss(self.projector(self.backbone.forward_features(images).flatten(1, 2)), whiten(target))
 
 
-def main(rounds: int, batch: int, threads: int | None, json: str | None) -> int:
+def main(rounds: int, batch: int, threads: int | None, json: Path | None) -> int:
     """Measure, print, and write JSON."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
     result = measure(rounds, batch)
     result |= {"batch": batch, "threads": torch.get_num_threads(), "rounds": rounds, "torch": torch.__version__}
     print_table(result)
     if json:
-        Path(json).write_text(json_module.dumps(result, indent=1) + "\n")
+        save(json, result)
     return 0
 
 

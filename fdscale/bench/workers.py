@@ -11,7 +11,6 @@ and waking up. All ways take turns in random order within a round, beside the sa
 from __future__ import annotations
 
 import itertools
-import json as json_module
 import statistics
 import tempfile
 import time
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fdscale.bench.data import BATCH, PREFETCH, Effort, in_turns, machine, pack, ratio, samples_of
+from fdscale.bench.timing import save
 from fdscale.data.stream import batches
 from fdscale.models import backbone
 
@@ -43,13 +43,13 @@ NARROW = {
 Loader = Callable[[], Any]  # opens a stream of batches of images, in a context
 
 
-def main(rounds: int, quick: bool, json: str | None) -> int:
+def main(rounds: int, quick: bool, json: Path | None) -> int:
     """`fdscale bench workers`: measure, print Markdown, and write JSON."""
     torch.set_num_threads(1)
     result = measure(1 if quick else rounds, QUICK if quick else FULL)
     print_tables(result)
     if json:
-        Path(json).write_text(json_module.dumps(result, indent=1) + "\n")
+        save(json, result)
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from fdscale.verbs import settings, verb
+
 TEXT = "say what a run needs before it runs: memory, time, cost; without a GPU"
 EXAMPLE = (
     "fdscale plan swinv2_g --ds ds_configs/zero3.json --gpu a100-40g --gpus 64 --price 2.5\n"
@@ -11,8 +13,10 @@ EXAMPLE = (
 )
 
 
-def add(sub: argparse.ArgumentParser) -> None:
-    """All but --set."""
+def add(verbs: argparse._SubParsersAction) -> None:
+    """The verb."""
+    sub = verb(verbs, "plan", "fdscale.plan.app:main", TEXT, EXAMPLE)
+    settings(sub)
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
     gpus = (

@@ -1,0 +1,33 @@
+"""What the options of several verbs have in common. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+RAW = argparse.RawDescriptionHelpFormatter
+
+
+def verb(group: argparse._SubParsersAction, name: str, target: str, text: str, example: str) -> argparse.ArgumentParser:
+    """A verb that runs `target` (module:function, imported when it runs)."""
+    description = text[0].upper() + text[1:] + "."
+    epilog = f"example:\n  {example}"
+    sub = group.add_parser(name, help=text, description=description, epilog=epilog, formatter_class=RAW)
+    sub.set_defaults(target=target)
+    return sub
+
+
+def settings(sub: argparse.ArgumentParser) -> None:
+    """--set."""
+    setting = "override a key of the recipe, for example optim.lr=2e-4"
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written once there is something to write: asked for before an hour is spent on it."""
+    path = Path(text)
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(path if path.exists() else folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: expected a file in a directory that exists")
+    return path
