@@ -28,6 +28,7 @@ from fdscale.kernels import check
 from fdscale.run import Run
 from fdscale.starts import write_atomically
 from fdscale.tasks.classification import Accuracy, Tally
+from fdscale.watchdog import SLACK, Watchdog
 
 SHOWN = 5  # samples that were left out, on the console
 
@@ -46,19 +47,33 @@ def main(
     prepare_environment()
     dist.init()
     settings, found = find(source, run, weights, set)
-    report = measure(settings, found if found is not None else str(weights), averaged=ema, dtype=dtype)
+    out = out or _default_out(found, ema)
+    watchdog = Watchdog(settings.guard.step_limit_s, Path(out or ".").parent, lambda code, why: None)
+    watchdog.begin("evaluation", SLACK)
+    watchdog.start()
+    try:
+        what = found if found is not None else str(weights)
+        report = measure(settings, what, averaged=ema, dtype=dtype, moves=watchdog.again)
+    finally:
+        watchdog.stop()
     if dist.rank() == 0:
-        _write(report, out or _default_out(found, ema), json)
+        _write(report, out, json)
     dist.close()
     return 0
 
 
 def measure(
-    settings: config.Config, weights: Path | str, *, averaged: bool = False, dtype: str = "float32"
+    settings: config.Config,
+    weights: Path | str,
+    *,
+    averaged: bool = False,
+    dtype: str = "float32",
+    moves: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """The accuracy of a checkpoint, or of a file of weights, on the held-out set, as plain data; a collective.
 
-    averaged: take the average of the weights. Raises UserError for what cannot be evaluated.
+    averaged: take the average of the weights. moves: called with each micro-batch. Raises UserError for what cannot be
+    evaluated.
     """
     config.check_verb(settings, "evaluate")
     index = open_heldout(settings.data)
@@ -70,7 +85,7 @@ def measure(
     loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)
     precision = getattr(torch, dtype)
     materialise(classifier, lambda name, shape: loaded[name], precision, dist.device())
-    accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision)
+    accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision, moves)
     return {
         "top1": accuracy.top1,
         "top5": accuracy.top5,
@@ -113,13 +128,14 @@ def find(
 
 
 def _with_progress(
-    settings: config.Config, index: Index, classifier: nn.Module, dtype: torch.dtype
+    settings: config.Config, index: Index, classifier: nn.Module, dtype: torch.dtype, moves: Callable[[], object]
 ) -> tuple[Accuracy, list[dict[str, str]]]:
     """The accuracy, with a bar on rank 0, and the samples of all ranks that could not be read."""
     samples = min(settings.data.heldout_samples or index.samples, index.samples)
     lost: dict[int, Any] = {}  # those that fill up the last micro-batches come again
 
     def go_on(batch: dict[str, Any]) -> bool:
+        moves()
         lost.update({one.number: one for one in batch["replaced"]})
         progress.update(task, advance=len(batch["numbers"]) * dist.world())
         return True

@@ -146,6 +146,7 @@ class Watchdog:
         return False
 
     def _dump(self, mine: Answer) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
         with (self._directory / f"stacks-{dist.rank()}.log").open("a") as file:
             file.write(f"{time.strftime('%F %T')} {mine.text}\n")
             file.flush()

@@ -59,6 +59,7 @@ MAY_IMPORT = {
             "kernels",
             "signals",
             "verbs",
+            "watchdog",
             *SHARED,
             *APPS,
         }

@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, run_cli, sets
+from helpers import TINY, outside, run_cli, sets
 from safetensors.torch import load_file
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples
 from timm.models.beit import Beit
@@ -178,6 +180,29 @@ def test_any_number_of_ranks_counts_the_same(trained: Path, digits: Path, tmp_pa
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert report["top1"] == last["heldout_top1"]
     assert report["loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
+
+
+def test_an_evaluation_that_hangs_says_where(trained: Path, tmp_path: Path) -> None:
+    """The second micro-batch never comes."""
+    hang = """
+import itertools, sys, time
+from fdscale import cli, evaluate, watchdog
+watchdog.SLACK = evaluate.SLACK = 1
+batches = evaluate.heldout_batches
+def hangs(*given):
+    yield next(batches(*given))
+    time.sleep(600)
+evaluate.heldout_batches = hangs
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    out = tmp_path / "of a run" / "accuracy.json"
+    words = ["evaluate", str(trained), "--out", str(out), *sets("guard.step_limit_s=5", "memory.micro_batch=8")]
+    done = subprocess.run(
+        [sys.executable, "-c", hang, *words], env=outside(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 74, done.stderr
+    assert "hung: evaluation takes longer than 5 s" in done.stderr
+    assert "in hangs" in (out.parent / "stacks-0.log").read_text()
 
 
 def loaded(settings: config.Config, run: Path) -> Classifier:
