@@ -20,8 +20,9 @@ from fdscale.data.augment import eval_view
 from fdscale.data.features import Features, Plan
 from fdscale.data.index import Index
 from fdscale.data.stream import chosen_batches
+from fdscale.engine import memory
 from fdscale.inputs import Inputs, heldout_batches, open_inputs, training_batches, training_samples
-from fdscale.kernels import check
+from fdscale.kernels import attention, check
 from fdscale.models.pairing import Pairing, pair
 from fdscale.models.teachers import Teacher, load_teacher
 from fdscale.objective import Distiller
@@ -59,8 +60,11 @@ def assemble(settings: config.Config, world: int) -> Parts:
 
 
 def build_teacher(settings: config.Config, shapes_only: bool = False) -> Teacher:
-    """The teacher of a config; shapes_only: without weights (`load_teacher`)."""
-    return load_teacher(
+    """The teacher of a config; shapes_only: without weights (`load_teacher`), and by the reference alone.
+
+    Raises UserError where memory.kernels, or the environment, asks for what cannot run here.
+    """
+    teacher = load_teacher(
         settings.teacher.source,
         weights=settings.teacher.weights,
         image_size=settings.teacher.image_size,
@@ -72,6 +76,10 @@ def build_teacher(settings: config.Config, shapes_only: bool = False) -> Teacher
         std=settings.teacher.std,
         shapes_only=shapes_only,
     )
+    if teacher.is_ours and not shapes_only:
+        wanted = settings.memory.kernels
+        memory.compute_by(teacher.network, attention.choose(wanted, dist.device()), check.fuses(wanted, dist.device()))
+    return teacher
 
 
 def cache_plan(parts: Parts) -> Plan:

@@ -26,6 +26,7 @@ from fdscale import UserError, config, dist
 from fdscale.assemble import Parts, assemble, cache_plan, learnt_tokens, numbered_stream
 from fdscale.data import feature_files
 from fdscale.data.features import HEADER, Plan, encode, is_whole, written
+from fdscale.engine import memory
 from fdscale.inputs import to_device
 from fdscale.run import Losses, too_many
 from fdscale.signals import STOP_SIGNALS
@@ -67,6 +68,8 @@ def cache(settings: config.Config, out: str, *, repair: bool = False) -> int:
     with _stop_signals() as stopped, _bar(plan, len(there)) as advance:
         if repair:
             there -= _discard_damaged(out, plan, [file for file in mine if file in there], console)
+        if parts.teacher.is_ours:
+            memory.agree_on_kernels(parts.teacher.network)
         parts.teacher.to(dist.device())
         with contextlib.suppress(_Stopped):
             _write(parts, plan, out, [file for file in mine if file not in there], stopped, advance, console)

@@ -19,7 +19,7 @@ from fdscale.assemble import (
     train_stream,
     training_target,
 )
-from fdscale.engine import ema
+from fdscale.engine import ema, memory
 from fdscale.engine.metrics import Work
 from fdscale.inputs import normalise, open_heldout, to_device
 from fdscale.job import run_job
@@ -65,7 +65,9 @@ class Distillation:
         return student.initial_values(self.parts.settings, self.module)
 
     def place(self) -> None:
-        """The teacher, where it runs."""
+        """The teacher, where it runs; a collective."""
+        if self.parts.teacher.is_ours:
+            memory.agree_on_kernels(self.parts.teacher.network)
         if self.parts.cached is None:
             self.parts.teacher.to(dist.device())
         elif not self.parts.settings.data.heldout_shards:
@@ -77,6 +79,8 @@ class Distillation:
         lines = [f"{settings.teacher.source} -> {settings.student.model}"]
         if cached is not None:
             lines.append(f"the teacher's features come from {cached.folder}; it does not run")
+        elif self.parts.teacher.is_ours:
+            lines += [f"the teacher's {line}" for line in student.about_kernels(self.parts.teacher.network)]
         loss = f"whitening and loss: {student.by(self.module.fused)}"
         return [*lines, *student.about_kernels(self.module.backbone), loss]
 

@@ -18,6 +18,8 @@ def trained(folder: Path, shards: Path, ranks: int) -> dict[str, dict[str, list[
     command += [str(ROOT / "tests" / "giant.py"), str(folder), str(shards)]
     done = subprocess.run(command, capture_output=True, text=True, env=outside(), timeout=900, check=False)
     assert done.returncode == 0, done.stderr
+    for whose in ("", "the teacher's "):
+        assert f"\n{whose}window attention: stages 1-4 by reference (windows 4, 4, 4, 2)\n" in done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"policy"')]
     return {record["policy"]: record["steps"] for record in records}
 

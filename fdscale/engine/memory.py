@@ -44,15 +44,20 @@ def apply(
     kinds = per_stage(checkpoint, backbone.depths, "memory.checkpoint")
     chunks = per_stage(attention_chunk, backbone.depths, "memory.attention_chunk")
     for block, kind, chunk in zip(backbone.blocks(), kinds, chunks, strict=True):
+        compute_by(block, kernels, fused)
         for module in block.modules():
             if hasattr(module, "attention_chunk"):
                 module.attention_chunk = chunk
-            if hasattr(module, "kernels"):
-                module.kernels = kernels
-            if hasattr(module, "fused"):
-                module.fused = fused
         if kind != "none":
             block.forward = _checkpointed(kind, block)
+
+
+def compute_by(module: nn.Module, kernels: str, fused: bool) -> None:
+    """Say what computes window attention in all parts of a module, and whether its norms behind branches are fused."""
+    for part in module.modules():
+        for name, value in (("kernels", kernels), ("fused", fused)):
+            if hasattr(part, name):
+                setattr(part, name, value)
 
 
 def agree_on_kernels(module: nn.Module) -> None:

@@ -83,6 +83,11 @@ class Teacher:
             output = output.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h * w, C)
         return output.float()
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether the network is one of this project's, which takes kernels and policies as students do."""
+        return self.source.startswith("fdscale:")
+
     def train(self, mode: bool = True) -> Teacher:
         """Does nothing: a teacher stays in eval mode."""
         return self

@@ -114,7 +114,7 @@ def _passes(setup: Setup, networks: Networks, machine: Machine) -> Pass:
 
 
 def _teacher_s(networks: Networks, machine: Machine) -> float:
-    """Its forward. Our own teachers' window attention is by the reference, whose scores pass through memory."""
+    """Its forward."""
     if not networks.teacher_runs:
         return 0.0
     teacher, settings = networks.teacher, networks.settings
@@ -126,7 +126,7 @@ def _teacher_s(networks: Networks, machine: Machine) -> float:
         return images * flops / rate
     network: Any = teacher.network
     work = network.attended(teacher.image_size or size)
-    fused = not hasattr(network.blocks()[0].attn, "kernels")
+    fused = networks.kernels != "reference" or not hasattr(network.blocks()[0].attn, "kernels")
     linear = images * max(0, flops - _attention_flops(work)) / rate
     return linear + sum(attention_s(work, images, machine, fused=fused))
 

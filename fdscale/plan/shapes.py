@@ -96,6 +96,8 @@ class Networks:
         self.teacher = None
         if config.task_of(settings) == "distill":
             self.teacher = assemble.build_teacher(settings, shapes_only=True)
+            if self.teacher.is_ours:
+                memory.compute_by(self.teacher.network, self.kernels, self.fused)
         self.module = self._module(settings)
         self.sizes = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
         optim = settings.optim
@@ -122,6 +124,11 @@ class Networks:
         name, _ = attention.asked(self.settings.memory.kernels)
         return {"auto": "triton" if self.gpu else "reference", "cuda": "triton"}.get(name, name)
 
+    @property
+    def fused(self) -> bool:
+        """Whether norms and loss are taken to be fused."""
+        return self.gpu and self.kernels in attention.FASTEST
+
     def with_memory(self, settings: config.Config) -> Networks:
         """The same networks under another `memory` section."""
         other = object.__new__(Networks)
@@ -131,12 +138,11 @@ class Networks:
     def _module(self, settings: config.Config) -> Any:
         backbone, policy = student.backbone(settings), settings.memory
         kinds = ["none" if kind == "none" else "torch" for kind in policy.checkpoint]  # all keep a block's inputs
-        fused = self.gpu and self.kernels in attention.FASTEST
-        memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, fused)
+        memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, self.fused)
         if self.teacher is None:
             return student.build_classifier(settings, backbone)
         self.pairing, module = assemble.join(settings, backbone, self.teacher)
-        module.fused = fused
+        module.fused = self.fused
         return module
 
     def arguments(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
