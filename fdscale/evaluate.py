@@ -84,7 +84,7 @@ def measure(
     file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
     loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)
     precision = getattr(torch, dtype)
-    materialise(classifier, lambda name, shape: loaded[name], precision, dist.device())
+    materialise(classifier, lambda name, shape: loaded[name](), precision, dist.device())
     accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision, moves)
     return {
         "top1": accuracy.top1,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fdscale.models import convert
 from fdscale.models.layers import ResidualNorm, initial_value
 from fdscale.tasks.classification import Classifier
 
+RESIZED = ("relative_position_bias_table", "pos_embed")  # what follows the image size, see `convert.fitted`
 PREFIX = "backbone."  # of the student's parameters in the module that is trained, and in its checkpoints
 
 
@@ -85,7 +87,7 @@ def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch
 
     A head is random unless `classify.head` says otherwise.
     """
-    loaded: dict[str, Tensor] = {}
+    loaded: dict[str, Callable[[], Tensor]] = {}
     if settings.student.weights:
         weights = read_weights(settings.student.weights)
         loaded = trained_backbone(settings, weights)
@@ -94,36 +96,47 @@ def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch
 
     def value(name: str, shape: torch.Size) -> Tensor:
         if name in loaded:
-            return loaded[name].float()
+            return loaded[name]()
         return initial_value(module, name, shape, torch.float32, settings.student.seed)
 
     return value
 
 
 class Weights(NamedTuple):
-    """Tensors by whatever names they have, and the config of the run that they are of, if they are of one."""
+    """Tensors by whatever names they have, and the config of the run that they are of, if they are of one.
+
+    Large ones are read when they are needed: what a file holds is mapped, and of a checkpoint they are on the meta
+    device, with `later` to read them (by `id`).
+    """
 
     tensors: dict[str, Tensor]
     run: config.Config | None = None
+    later: dict[int, Callable[[], Tensor]] = {}  # noqa: RUF012 - never changed
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        """One of the tensors, or what was made of one, in float32 and in memory of its own."""
+        return self.later[id(tensor)]() if tensor.is_meta else tensor.to(torch.float32, copy=True)
 
 
-def trained_backbone(settings: config.Config, weights: Weights) -> dict[str, Tensor]:
-    """The parameters of the backbone of a config, under their names in training.
+def trained_backbone(settings: config.Config, weights: Weights) -> dict[str, Callable[[], Tensor]]:
+    """What reads each parameter of the backbone of a config, by its name in training, in float32.
 
     Position tables are resized to its image size. Raises UserError where the weights do not fit, or where a SwinV2's
     windows were others.
     """
-    holder = backbone(settings)
-    convert.load(holder, weights.tensors, None if weights.run is None else backbone(weights.run))
-    return {f"{PREFIX}{name}": parameter.detach() for name, parameter in holder.named_parameters()}
+    trained = None if weights.run is None else backbone(weights.run)
+    _, fitted = convert.fitted(backbone(settings), weights.tensors, trained)
+    return {f"{PREFIX}{name}": functools.partial(weights.whole, tensor) for name, tensor in fitted.items()}
 
 
-def trained_head(classifier: Classifier, weights: Weights, rows: list[int] | None = None) -> dict[str, Tensor]:
-    """Norm and head of a classifier from weights under ours, BEiT's, official Swin's or timm's names.
+def trained_head(
+    classifier: Classifier, weights: Weights, rows: list[int] | None = None
+) -> dict[str, Callable[[], Tensor]]:
+    """The same of norm and head of a classifier, from weights under ours, BEiT's, official Swin's or timm's names.
 
     rows: of the classes of the weights, those to take. Raises UserError where they are missing or do not fit.
     """
-    values = {}
+    values: dict[str, Callable[[], Tensor]] = {}
     for name, parameter in classifier.named_parameters():
         if name.startswith(PREFIX):
             continue
@@ -138,7 +151,7 @@ def trained_head(classifier: Classifier, weights: Weights, rows: list[int] | Non
                 f"the weights of {name} {what}; expected {tuple(parameter.shape)}: give weights of a whole classifier "
                 "of as many classes as classify.classes says"
             )
-        values[name] = value.float()
+        values[name] = functools.partial(weights.whole, value)
     return values
 
 
@@ -171,15 +184,30 @@ def read_checkpoint(found: Path, averaged: bool = False) -> Weights:
 
     Raises UserError where it is damaged or holds no average.
     """
+    tensors: dict[str, Tensor] = {}
+    later: dict[int, Callable[[], Tensor]] = {}
     try:
         with contextlib.closing(Reader(found)) as reader:
             if averaged and EMA not in reader.state["keys"]:
                 raise UserError(f"{found} holds no average of the weights: the run had no optim.ema")
             run = config.from_dict(reader.state["config"], str(found / "state.json"))
-            key = EMA if averaged else "fp32"
-            names = reader.state["parameters"]
-            tensors = {name: reader.full(name, key if key in reader.keys(name) else "fp32") for name in names}
-            return Weights(tensors, run)
+            for name, shape in reader.state["parameters"].items():
+                key = EMA if averaged and EMA in reader.keys(name) else "fp32"
+                if name.startswith(PREFIX) and not name.endswith(RESIZED):
+                    tensors[name] = torch.empty(tuple(shape), device="meta")
+                    later[id(tensors[name])] = functools.partial(_read_one, reader, found, name, key)
+                else:
+                    tensors[name] = reader.full(name, key)
+            return Weights(tensors, run, later)
+    except Damaged as damage:
+        raise UserError(f"{found}: {damage}") from None
+
+
+def _read_one(reader: Reader, found: Path, name: str, key: str) -> Tensor:
+    """A parameter, from files that are opened again."""
+    try:
+        with contextlib.closing(reader):
+            return reader.full(name, key)
     except Damaged as damage:
         raise UserError(f"{found}: {damage}") from None
 

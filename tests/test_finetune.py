@@ -208,7 +208,8 @@ sys.exit(cli.main(sys.argv[1:]))
 def loaded(settings: config.Config, run: Path) -> Classifier:
     """The network alone, with the weights of a run."""
     model, weights = build_classifier(settings, backbone(settings)), read_weights(str(run))
-    model.load_state_dict(trained_backbone(settings, weights) | trained_head(model, weights), assign=True)
+    read = trained_backbone(settings, weights) | trained_head(model, weights)
+    model.load_state_dict({name: value() for name, value in read.items()}, assign=True)
     return model
 
 

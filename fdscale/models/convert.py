@@ -67,16 +67,37 @@ SHOWN = 20  # lines of each kind in a diff
 # --- load -------------------------------------------------------------------------------------------------------------
 
 
-def load(model: SwinV2 | ViT, state_dict: Mapping[str, Tensor], trained: nn.Module | None = None) -> str:
+def load(
+    model: SwinV2 | ViT, state_dict: Mapping[str, Tensor], trained: nn.Module | None = None, copy: bool = True
+) -> str:
     """Fills every parameter of `model` from `state_dict` and returns the name of its source (one of SOURCES).
 
     Values are copied and cast to the parameter's dtype; parameters on the meta device are materialised on the CPU.
-    Besides names, these follow the model: a shared position table becomes one per block, tables and pos_embed are
-    resized to the model's grid (models/resize.py). For SwinV2 the window the weights were trained with must be the one
-    the model normalises its coordinates by, as far as the buffers in the state dict tell it, or the network that the
-    weights were trained in (`trained`, which may be on the meta device).
+    copy=False, for a model on the meta device: its parameters become the tensors of `fitted` themselves.
+    Raises UserError, leaving the model as it was, where they do not fit.
+    """
+    source, weights = fitted(model, state_dict, trained)
+    parameters = dict(model.named_parameters())
+    assign = any(parameter.is_meta for parameter in parameters.values())
+    if assign and copy:  # own memory: not views into a mapped file, nor one tensor under several names
+        weights = {name: weights[name].to(parameters[name].dtype, copy=True) for name in parameters}
+    model.load_state_dict(weights, strict=True, assign=assign)
+    return source
 
-    Raises UserError, leaving the model as it was, for an unknown layout or with a diff of what does not fit.
+
+def fitted(
+    model: SwinV2 | ViT, state_dict: Mapping[str, Tensor], trained: nn.Module | None = None
+) -> tuple[str, dict[str, Tensor]]:
+    """The source (one of SOURCES) and, for every parameter of `model`, which may be on the meta device, its tensor.
+
+    No large tensor is copied or cast: they may be views into a mapped file, one of them under several names, or on the
+    meta device themselves where only shapes are known yet (but not position tables, which are resized). Besides names,
+    these follow the model: a shared position table becomes one per block, tables and pos_embed are resized to the
+    model's grid (models/resize.py). For SwinV2 the window the weights were trained with must be the one the model
+    normalises its coordinates by, as far as the buffers in the state dict tell it, or the network that the weights were
+    trained in (`trained`, which may be on the meta device).
+
+    Raises UserError for an unknown layout or with a diff of what does not fit.
     """
     source, weights = _to_our_names(state_dict)
     parameters = dict(model.named_parameters())
@@ -91,12 +112,7 @@ def load(model: SwinV2 | ViT, state_dict: Mapping[str, Tensor], trained: nn.Modu
         _check_windows(model, weights, trained)
     else:
         weights = _fit_positions(model, weights, parameters)
-    weights = _exactly(parameters, weights, source)
-    assign = any(parameter.is_meta for parameter in parameters.values())
-    if assign:  # own memory: not views into a mapped file, nor one tensor under several names
-        weights = {name: weights[name].to(parameters[name].dtype, copy=True) for name in parameters}
-    model.load_state_dict(weights, strict=True, assign=assign)
-    return source
+    return source, _exactly(parameters, weights, source)
 
 
 def _exactly(parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:

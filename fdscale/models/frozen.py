@@ -38,6 +38,7 @@ class Parts:
     width: int | None = None  # None here and below: found by a dry run
     grid: Callable[[tuple[int, int]], tuple[int, int]] | None = None
     flops: Callable[[tuple[int, int]], int] | None = None
+    mapped: bool = False  # whether its parameters are views into a weight file, of any dtype, meant as float32
 
 
 class Teacher:
@@ -58,8 +59,9 @@ class Teacher:
         self._std = torch.tensor(parts.std, dtype=torch.float32).view(1, 3, 1, 1)
         self._dry_runs: dict[tuple[int, int], tuple[torch.Size, int]] = {}
         only_shapes = any(parameter.is_meta for parameter in self.network.parameters())
-        self._fingerprint = "" if only_shapes else _hash_weights(self.network, parts.mean, parts.std)
-        if dtype != torch.float32:
+        self._mapped = parts.mapped
+        self._fingerprint = "" if only_shapes else _hash_weights(self.network, parts.mean, parts.std, parts.mapped)
+        if dtype != torch.float32 and not parts.mapped:
             _hold_matrices_in(self.network, dtype)
 
     @torch.no_grad()  # inference_mode would not do: the loss keeps its target for the backward
@@ -72,6 +74,8 @@ class Teacher:
         assert not self.network.training, "the teacher's network was switched to training mode"
         assert images.ndim == 4, tuple(images.shape)
         assert images.is_floating_point(), images.dtype
+        if self._mapped:
+            self.to("cpu")
         images = images.float()
         size = self.image_size or tuple(images.shape[-2:])
         if tuple(images.shape[-2:]) != size:
@@ -93,7 +97,14 @@ class Teacher:
         return self
 
     def to(self, device: torch.device | str) -> Teacher:
-        """Moves the teacher, in place."""
+        """Moves the teacher, in place.
+
+        What lies in a weight file is read here, one parameter at a time: host memory never holds it whole, but for the
+        pages of the file, which the processes of a machine share.
+        """
+        if self._mapped and torch.device(device).type != "meta":
+            _take_in(self.network, torch.device(device), self.dtype)
+        self._mapped = False
         self.network.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
@@ -171,13 +182,24 @@ def _hold_matrices_in(network: nn.Module, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
-def _hash_weights(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> str:
+def _take_in(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Parameters in memory of their own on the device, in float32, or as `_hold_matrices_in` has them."""
+    for module in network.modules():
+        wanted = dtype if type(module) in (nn.Linear, nn.Conv2d) else torch.float32
+        for parameter in module.parameters(recurse=False):
+            value = parameter.data.to(torch.float32, copy=True)  # rounded from there, as ever
+            parameter.data = value.to(device=device, dtype=wanted)
+
+
+def _hash_weights(network: nn.Module, mean: Sequence[float], std: Sequence[float], mapped: bool) -> str:
+    """Of what the network computes with before any cast; mapped: that is float32, whatever dtype a file has."""
     digest = hashlib.sha256(repr(([float(m) for m in mean], [float(s) for s in std])).encode())
     for name, tensor in sorted(network.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         step = max(1, flat.numel() // 4096) | 1  # odd: even steps would stay in one column of most matrices
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(flat[::step].contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        some = flat[::step].float() if mapped and flat.is_floating_point() else flat[::step]
+        digest.update(f"{name} {tuple(tensor.shape)} {some.dtype}".encode())
+        digest.update(some.contiguous().cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]
 
 

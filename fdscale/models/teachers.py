@@ -124,13 +124,14 @@ def _from_fdscale(name, weights, size, args, feature, key, mean, std) -> Parts:
     except TypeError as error:
         raise UserError(f"teacher.args do not fit fdscale:{name}: {error}.") from error
     if weights != "random":
-        convert.load(network, convert.read(weights, key))
+        convert.load(network, convert.read(weights, key), copy=False)
     if feature == "last" and not any(place.startswith("norm.") for place in network.state_dict()):
         raise UserError(f"fdscale:{name} with teacher.args {args} has no final norm, so its features are not normed.")
     mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
+    mapped = weights != "random"
     if feature == "last":
-        return Parts(network, _call, network.prefix, mean, std, network.width, network.grid, network.flops)
-    return Parts(network, partial(_map_of_stride, stride=_stride(feature)), (), mean, std)
+        return Parts(network, _call, network.prefix, mean, std, network.width, network.grid, network.flops, mapped)
+    return Parts(network, partial(_map_of_stride, stride=_stride(feature)), (), mean, std, mapped=mapped)
 
 
 def _from_python(name, weights, size, args, feature, key, mean, std) -> Parts:
