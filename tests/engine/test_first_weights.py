@@ -1,0 +1,45 @@
+"""A run's first weights depend on its recipe and seed alone: on no number of ranks, no ZeRO stage, no offloading."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, TINY, outside
+
+from fdscale import assemble, config
+from fdscale.models.layers import initial_value
+
+HERE = Path(__file__).resolve().parent
+
+
+def expected(dtype: torch.dtype) -> str:
+    """The hash of the values that each parameter's own rule gives, without an engine."""
+    settings = config.load("demo", [*TINY])
+    _, module = assemble.build_student(settings, assemble.build_teacher(settings))
+    digest = hashlib.sha256()
+    for name, meta in sorted(module.named_parameters()):
+        value = initial_value(module, name, meta.shape, torch.float32, settings.student.seed).to(dtype).float()
+        digest.update(name.encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_first_weights_are_the_same_on_any_number_of_ranks_at_any_stage(ranks: int) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(HERE / "first_weights.py")]
+    environment = {**outside(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    whole, half = expected(torch.float32), expected(torch.bfloat16)
+    assert len(found) == 7
+    for one in found:
+        assert one["hashes"] == ranks * [half if "bf16" in one["case"] else whole], one
