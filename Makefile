@@ -26,8 +26,8 @@ demo-finetune: $(STAMP) ## after it: the student as a classifier of digits, on t
 all: $(STAMP) ## everything that this machine can run: what CI runs
 	$(BIN)/python -m pytest --durations=25
 
-test: $(STAMP) ## all but the long ones: Slurm, and the fault suite
-	$(BIN)/python -m pytest -m "not slurm and not faults"
+test: $(STAMP) ## all but the long ones: Slurm, the fault suite, and the marked
+	$(BIN)/python -m pytest -m "not slurm and not faults and not long"
 
 quick: $(STAMP) ## the inner loop: tests that take a moment
 	$(BIN)/python -m pytest -m "not slow"

@@ -25,6 +25,7 @@ def trained(folder: Path, shards: Path, ranks: int) -> dict[str, dict[str, list[
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_policy_learns_the_same_on_two_and_four_ranks(shards: Path, tmp_path: Path) -> None:
     found = {}
     for ranks in (2, 4):
