@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from fdscale import UserError, __version__, signals
 from fdscale.bench import options as bench
 from fdscale.plan import options as plan
+from fdscale.tune import options as tune
 from fdscale.verbs import RAW, settings, verb
 
 INTERRUPTED = 130
@@ -39,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     _finetune(verbs)
     _evaluate(verbs)
     plan.add(verbs)
+    tune.add(verbs)
     _submit(verbs)
     _cache(verbs)
     _export(verbs)

@@ -43,10 +43,16 @@ def distill(
     ds: str | None = None,
     stop_at: int | None = None,
     resume: str | None = None,
+    saves: bool = True,
 ) -> int:
     """Run or continue a distillation; returns the process's exit code."""
     return run_job(
-        lambda: Distillation(assemble(settings, dist.world())), directory, ds=ds, stop_at=stop_at, resume=resume
+        lambda: Distillation(assemble(settings, dist.world())),
+        directory,
+        ds=ds,
+        stop_at=stop_at,
+        resume=resume,
+        saves=saves,
     )
 
 

@@ -34,11 +34,12 @@ def finetune(
     ds: str | None = None,
     stop_at: int | None = None,
     resume: str | None = None,
+    saves: bool = True,
 ) -> int:
     """Run or continue a fine-tuning; returns the process's exit code."""
     config.check_verb(settings, "finetune")
     build = functools.partial(Classification, settings, dist.world())
-    return run_job(build, directory, ds=ds, stop_at=stop_at, resume=resume)
+    return run_job(build, directory, ds=ds, stop_at=stop_at, resume=resume, saves=saves)
 
 
 class Classification:

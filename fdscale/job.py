@@ -74,11 +74,18 @@ class Task(Protocol):
 
 
 def run_job(
-    build: Callable[[], Task], directory: Path, *, ds: str | None, stop_at: int | None, resume: str | None
+    build: Callable[[], Task],
+    directory: Path,
+    *,
+    ds: str | None,
+    stop_at: int | None,
+    resume: str | None,
+    saves: bool = True,
 ) -> int:
     """Begin or continue a training job in a run directory; returns the process's exit code.
 
     build: checks and builds the task, without a process group; raises UserError before anything is written.
+    saves: False: no checkpoint is written, where steps are only measured.
     """
     if stop_at is not None and stop_at < 0:
         raise UserError(f"--steps must not be negative, got {stop_at}")
@@ -96,7 +103,7 @@ def run_job(
     def work(token: str) -> int:
         room = open_room(directory / "checkpoints", token)
         try:
-            return _work(run, task, room, ds_config, stop_at, resume)
+            return _work(run, task, room, ds_config, stop_at, resume, saves)
         finally:
             if dist.rank() == 0:
                 room.close()
@@ -127,7 +134,15 @@ def open_checkpoint(run: Run, resume: str | None) -> Path | None:
     return Path(resume)
 
 
-def _work(run: Run, task: Task, room: Room, ds_config: dict[str, Any], stop_at: int | None, resume: str | None) -> int:
+def _work(
+    run: Run,
+    task: Task,
+    room: Room,
+    ds_config: dict[str, Any],
+    stop_at: int | None,
+    resume: str | None,
+    saves: bool,
+) -> int:
     """Build the engine, load what there is, and train, in a directory that is ours."""
     settings = task.inputs.settings
     wanted = task.inputs.identity() | task.identity()
@@ -174,10 +189,17 @@ def _work(run: Run, task: Task, room: Room, ds_config: dict[str, Any], stop_at: 
     with run:
         _announce(run, task, start, state, last)
         try:
-            _train(engine, task, run, state, last, recovery, torch.bfloat16 if bf16(ds_config) else torch.float32)
+            save = recovery.save if saves else functools.partial(_forgo, recovery.saver, state)
+            dtype = torch.bfloat16 if bf16(ds_config) else torch.float32
+            _train(engine, task, run, state, last, recovery, save, dtype)
         finally:
             recovery.saver.close()
     return _outcome(run, recovery, state, last)
+
+
+def _forgo(saver: Saver, state: TrainState) -> None:
+    """Go on as if this step had been saved."""
+    saver.saved_step = state.step
 
 
 def _outcome(run: Run, recovery: Recovery, state: TrainState, last: int) -> int:
@@ -241,7 +263,14 @@ def _announce(run: Run, task: Task, start: Path | None, state: TrainState, last:
 
 
 def _train(
-    engine: Any, task: Task, run: Run, state: TrainState, last: int, recovery: Recovery, dtype: torch.dtype
+    engine: Any,
+    task: Task,
+    run: Run,
+    state: TrainState,
+    last: int,
+    recovery: Recovery,
+    save: Callable[[], object],
+    dtype: torch.dtype,
 ) -> None:
     optim, schedule = run.settings.optim, run.settings.schedule
 
@@ -272,6 +301,6 @@ def _train(
     meter = Meter(optim.batch_size, task.work(), peak_flops(dtype))
     train(
         engine, open_stream, prepare, lambda: task.blank(dtype), state, run, meter, recovery.guard, recovery.saver,
-        stop_at=last, batch_size=optim.batch_size, schedule=lr, save=recovery.save, go_back=recovery.go_back,
+        stop_at=last, batch_size=optim.batch_size, schedule=lr, save=save, go_back=recovery.go_back,
         evaluate=lambda: evaluate(engine), logging=run.settings.log, saving=run.settings.save,
     )  # fmt: skip

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "fdscale"
 
 APPS = {
     "assemble", "distill", "finetune", "evaluate", "submit", "export", "cache", "catalog", "doctor", "pack", "demo",
-    "demo_finetune", "bench", "runs", "plan",
+    "demo_finetune", "bench", "runs", "plan", "tune",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all

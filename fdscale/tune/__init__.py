@@ -1,0 +1,1 @@
+"""`fdscale tune`: which ds_config, micro-batch and memory policy is fastest here, by measuring real steps."""
