@@ -209,9 +209,9 @@ class Memory:
     micro_batch: int = option(128, "samples per forward on one rank", low=1, neutral=True)
     checkpoint: tuple[str, ...] = option(
         ("none",),
-        "activation checkpointing of the blocks: none, torch, deepspeed, fairscale or fairscale_offload; one value, "
-        "or one per stage",
-        choices=("none", "torch", "deepspeed", "fairscale", "fairscale_offload"),
+        "activation checkpointing of the blocks: none, torch, selective (torch's, without computing attention again), "
+        "deepspeed, fairscale or fairscale_offload; one value, or one per stage",
+        choices=("none", "torch", "selective", "deepspeed", "fairscale", "fairscale_offload"),
         neutral=True,
     )
     attention_chunk: tuple[int, ...] = option(

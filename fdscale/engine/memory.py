@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fdscale import UserError, dist
@@ -37,7 +38,8 @@ def apply(
 ) -> None:
     """Set all policies on every block.
 
-    checkpoint: none | torch | deepspeed | fairscale | fairscale_offload, for all blocks or per stage. attention_chunk:
+    checkpoint: none | torch | selective | deepspeed | fairscale | fairscale_offload, for all blocks or per stage; all
+    but the first keep a block's inputs alone, and selective what came of its attention, too. attention_chunk:
     windows (SwinV2) or heads (ViT) whose attention is computed at a time, each chunk recomputed in backward; 0: all.
     kernels: what computes window attention, a name of kernels.attention. fused: take the fused norms on a GPU.
     """
@@ -78,6 +80,11 @@ def _checkpointed(kind: str, block: nn.Module) -> Callable[..., Any]:
         return functools.partial(torch_checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     if kind == "deepspeed":
         return functools.partial(_deepspeed_checkpoint, block, forward)
+    if kind == "selective":
+        kept = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+        return functools.partial(
+            torch_checkpoint, forward, use_reentrant=False, preserve_rng_state=False, context_fn=kept
+        )
     try:
         from fairscale.nn.checkpoint import checkpoint_wrapper
     except ImportError:
@@ -86,6 +93,13 @@ def _checkpointed(kind: str, block: nn.Module) -> Callable[..., Any]:
             "choose torch"
         ) from None
     return checkpoint_wrapper(block, offload_to_cpu=kind == "fairscale_offload").forward
+
+
+def _keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Attention as one op keeps its result and a number per query, and none of its scores."""
+    name = getattr(getattr(op, "_schema", None), "name", "")
+    one = name == "fdscale::window_attention" or name.startswith("aten::_scaled_dot_product_")
+    return CheckpointPolicy.MUST_SAVE if one else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _deepspeed_checkpoint(block: nn.Module, forward: Callable[..., Any], *args: Any) -> Any:

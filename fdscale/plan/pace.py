@@ -107,7 +107,8 @@ def _passes(setup: Setup, networks: Networks, machine: Machine) -> Pass:
     back = attention_s(work, images, machine, fused=fused, backward=True)
     kinds = memory.per_stage(settings.memory.checkpoint, backbone.depths, "memory.checkpoint")
     chunks = memory.per_stage(settings.memory.attention_chunk, backbone.depths, "memory.attention_chunk")
-    again = [seconds for seconds, kind in zip(ahead, kinds, strict=True) if kind != "none"]
+    kept = ("none", "selective") if fused else ("none",)  # separate ops are computed again
+    again = [seconds for seconds, kind in zip(ahead, kinds, strict=True) if kind not in kept]
     again += [s for s, chunk in zip(ahead, chunks, strict=True) if chunk and networks.kernels == "reference"]
     recomputed = linear * sum(kind != "none" for kind in kinds) / len(kinds)
     return Pass(linear + sum(ahead), 2 * linear + recomputed + sum(back) + sum(again), _teacher_s(networks, machine))

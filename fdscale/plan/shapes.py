@@ -137,7 +137,8 @@ class Networks:
 
     def _module(self, settings: config.Config) -> Any:
         backbone, policy = student.backbone(settings), settings.memory
-        kinds = ["none" if kind == "none" else "torch" for kind in policy.checkpoint]  # all keep a block's inputs
+        alike = {"none": "none", "selective": "selective"}
+        kinds = [alike.get(kind, "torch") for kind in policy.checkpoint]  # the others keep a block's inputs alone
         memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, self.fused)
         if self.teacher is None:
             return student.build_classifier(settings, backbone)

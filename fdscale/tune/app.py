@@ -47,8 +47,9 @@ def main(
     folder = Path(out)
     study = Study(folder, settings, ds_configs, world, steps)
     backbone = student.backbone(settings)
-    found = space.choices(settings, [*ds_configs], world, backbone.depths)
     on = _machine(gpu, world)
+    one_op = on is not None or torch.cuda.is_available() or settings.memory.kernels not in ("auto", "reference")
+    found = space.choices(settings, [*ds_configs], world, backbone.depths, one_op)
     candidates = space.planned(found, _long(settings), ds_configs, world, on)
     _say(f"{len(candidates)} of {len(found)} configurations to choose from\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a trial ends with this process

@@ -42,8 +42,13 @@ class Candidate(NamedTuple):
     planned_s: float | None = None
 
 
-def choices(settings: config.Config, ds_names: Sequence[str], world: int, depths: Sequence[int]) -> list[Choice]:
-    """All there are, the recipe's own first. Raises UserError where the batch cannot be shared out."""
+def choices(
+    settings: config.Config, ds_names: Sequence[str], world: int, depths: Sequence[int], one_op: bool = False
+) -> list[Choice]:
+    """All there are, the recipe's own first. Raises UserError where the batch cannot be shared out.
+
+    one_op: whether attention is one op, whose result selective checkpointing keeps; else that is the same as torch's.
+    """
     policy, together = settings.memory, config.together(settings)
     share, rest = divmod(settings.optim.batch_size, world)
     micros = [n for n in _powers(share) if share % n == 0 and n % together == 0]
@@ -55,7 +60,8 @@ def choices(settings: config.Config, ds_names: Sequence[str], world: int, depths
     own = Choice(ds_names[0], policy.micro_batch, policy.checkpoint, policy.attention_chunk)
     longest = max(range(len(depths)), key=lambda stage: depths[stage])
     third = tuple("torch" if stage == longest else "none" for stage in range(len(depths)))
-    checkpoints = dict.fromkeys((policy.checkpoint, ("none",), third if len(depths) > 1 else ("none",), ("torch",)))
+    tried = [policy.checkpoint, ("none",), *([third] if len(depths) > 1 else []), ("torch",)]
+    checkpoints = dict.fromkeys([*tried, *([("selective",)] if one_op else [])])
     chunks = dict.fromkeys((policy.attention_chunk, (0,)))
     micros = sorted({*micros, policy.micro_batch}, reverse=True)
     grid = itertools.product(ds_names, micros, checkpoints, chunks)

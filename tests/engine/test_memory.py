@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdscale import UserError
 from fdscale.engine import memory
@@ -46,7 +47,7 @@ def run(model: str, args: dict, **policy: Any) -> tuple[float, dict[str, Tensor]
 
 
 @pytest.mark.parametrize(("model", "args", "stages"), MODELS, ids=["swin_v2", "vit"])
-@pytest.mark.parametrize("kind", ["torch", "deepspeed", "fairscale", "fairscale_offload"])
+@pytest.mark.parametrize("kind", ["torch", "selective", "deepspeed", "fairscale", "fairscale_offload"])
 def test_checkpointing_changes_memory_and_nothing_else(
     model: str, args: dict, stages: int, kind: str, process_group: None
 ) -> None:
@@ -61,6 +62,33 @@ def test_checkpointing_changes_memory_and_nothing_else(
         assert torch.equal(gradients[name], gradient), name
     if kind == "torch":  # the others do not go through saved-tensor hooks
         assert kept_bytes < plain_bytes / 2
+
+
+@pytest.mark.parametrize(("model", "args", "stages"), MODELS, ids=["swin_v2", "vit"])
+def test_selective_checkpointing_does_not_attend_again(model: str, args: dict, stages: int) -> None:
+    args = args if model == "swin_v2" else {**args, "position": "absolute"}  # a bias with a gradient has no op on a CPU
+    counts, found = {}, {}
+    for kind in ("none", "torch", "selective"):
+        with Counted() as counted:
+            found[kind] = run(model, args, checkpoint=(kind,), kernels="torch")
+        counts[kind] = counted.forwards
+        assert found[kind][0] == found["none"][0]
+        for name, gradient in found["none"][1].items():
+            assert torch.equal(found[kind][1][name], gradient), (kind, name)
+    blocks = 4 if model == "swin_v2" else 3
+    assert counts == {"none": blocks, "torch": 2 * blocks, "selective": blocks}
+
+
+class Counted(TorchDispatchMode):
+    """Counts how often attention runs forward as one op."""
+
+    forwards = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        attends = name == "fdscale::window_attention" or "_scaled_dot_product_" in name
+        self.forwards += attends and "backward" not in name
+        return func(*args, **(kwargs or {}))
 
 
 def test_policies_are_selectable_per_stage() -> None:

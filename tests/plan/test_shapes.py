@@ -28,6 +28,7 @@ MODELS = {"swin_v2": (*SWIN, "teacher.resample=area"), "vit": VIT}
 POLICIES = {
     "none": ("none", 0),
     "torch": ("torch", 0),
+    "selective": ("selective", 0),
     "deepspeed": ("deepspeed", 0),
     "fairscale": ("fairscale", 0),
     "chunks": ("none", 64),
