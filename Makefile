@@ -56,6 +56,7 @@ bench: $(STAMP) ## measure data loading, attention, a training step and saving a
 	$(BIN)/fdscale bench attention
 	$(BIN)/fdscale bench step
 	$(BIN)/fdscale bench checkpoint
+	$(BIN)/fdscale bench policies
 
 # A machine with a GPU often has a torch of its own and no network: the suite takes what $(PYTHON) has, where it has one.
 gpu: ## check and measure the kernels on this machine's GPU, in nine minutes: gpu-report/gpu.md

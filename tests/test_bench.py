@@ -98,6 +98,19 @@ def test_bench_fused_measures_every_way(tmp_path: Path) -> None:
         assert all(len(taken) == 1 and taken[0] > 0 for taken in found["seconds"].values())
 
 
+def test_bench_policies_measures_every_policy(tmp_path: Path) -> None:
+    done = run_cli("bench", "policies", "--quick", "--threads", "1", "--json", tmp_path / "policies.json")
+    assert done.returncode == 0, done.stderr
+    networks = json.loads((tmp_path / "policies.json").read_text())["networks"]
+    assert {name: len(rows) for name, rows in networks.items()} == {"SwinV2": 11, "ViT": 8}
+    for rows in networks.values():
+        by = {tuple(row["policy"]): row for row in rows}
+        plain, again = (next(row for key, row in by.items() if key[0] == f"[{kind}]") for kind in ("none", "torch"))
+        assert again["kept"] < plain["kept"]
+        assert all(row["peak"] == pytest.approx(row["planned_peak"], rel=0.25) for row in rows)
+    assert "| checkpoint | chunk |" in done.stdout
+
+
 def test_where_the_figures_go_is_asked_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

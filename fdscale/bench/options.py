@@ -19,6 +19,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     _shuffle(tables)
     _step(tables)
     _checkpoint(tables)
+    _policies(tables)
 
 
 def _data(tables: argparse._SubParsersAction) -> None:
@@ -90,6 +91,15 @@ def _checkpoint(tables: argparse._SubParsersAction) -> None:
     sub.add_argument("--batch", type=int, default=1, metavar="N", help="images in a batch of a rank (default: 1)")
     sub.add_argument("--stage", type=int, default=1, choices=(0, 1, 2, 3), help="ZeRO stage (default: 1)")
     sub.add_argument("--folder", metavar="DIR", help="where to write (default: the system's temporary directory)")
+    _quick(sub)
+    _json(sub)
+
+
+def _policies(tables: argparse._SubParsersAction) -> None:
+    text = "measure what each memory policy saves, and what it costs"
+    sub = verb(tables, "policies", "fdscale.bench.policies:main", text, "fdscale bench policies --json policies.json")
+    _rounds(sub)
+    _threads(sub)
     _quick(sub)
     _json(sub)
 

@@ -132,8 +132,7 @@ def initialize(
     }
     if bf16(ds):  # without it DeepSpeed applies an update that is not finite, at stage 2
         settings["bf16"] = {**ds["bf16"], "check_grad_overflow": True}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of the op that it built
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    join_deepspeed()
     groups = param_groups(module, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     partition = (
         deepspeed.zero.Init(config_dict_or_path=settings)._convert_to_zero_parameters if stage(ds) == 3 else None
@@ -151,6 +150,14 @@ def initialize(
     if average is not None:
         ema.keep(engine, average)
     return engine
+
+
+def join_deepspeed() -> None:
+    """Let DeepSpeed see the process group; its activation checkpointing wants it, too."""
+    import deepspeed
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of the op that it built
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 
 
 def materialise(
