@@ -72,7 +72,7 @@ def distilled(name: str) -> str:
 def weightless(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> Teacher:
     """The teacher of a recipe as its adapter builds it for a weight file, on the meta device and with no weights."""
     monkeypatch.setattr(teachers.convert, "read", lambda *_: {})
-    monkeypatch.setattr(teachers.convert, "load", lambda *_: None)
+    monkeypatch.setattr(teachers.convert, "load", lambda *_, **__: None)
     monkeypatch.setattr(teachers, "_load_timm", lambda *_: None)
     monkeypatch.setattr(frozen, "_hash_weights", lambda *_: "")
     arguments = dataclasses.asdict(settings.teacher)

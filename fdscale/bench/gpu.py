@@ -226,6 +226,7 @@ class Suite:
     def _environment(self, name: str) -> dict[str, str]:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         found = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        found.pop("PYTEST_ADDOPTS", None)  # may send the tests' own report elsewhere
         if name in ("memcheck", "racecheck"):  # each tensor an allocation of its own, whose bounds are then watched
             found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
         if self.device == "cpu" and name == "determinism":
