@@ -43,7 +43,6 @@ SMALL = {
 POLICIES = {
     "none": ("memory.checkpoint=[none]",),
     "torch": ("memory.checkpoint=[torch]",),
-    "selective": ("memory.checkpoint=[selective]",),
     "deepspeed": ("memory.checkpoint=[deepspeed]",),
     "fairscale": ("memory.checkpoint=[fairscale]",),
     "fairscale_offload": ("memory.checkpoint=[fairscale_offload]",),

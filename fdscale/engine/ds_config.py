@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,19 @@ def check_world(ds: dict[str, Any], world: int) -> None:
         raise UserError(
             f"zero_optimization.zero_hpz_partition_size is {size}, the GPUs of a node that hold the weights together, "
             f"and does not divide the {world} ranks; write the GPUs per node, or take a ds_config without it"
+        )
+
+
+def check_checkpointing(ds: dict[str, Any], kinds: Iterable[str]) -> None:
+    """Raise UserError where a ds_config does not suit `memory.checkpoint`.
+
+    torch's selective checkpointing counts the ops of both runs of a block, and stage 3 gathers weights by other ops in
+    the second.
+    """
+    if stage(ds) == 3 and "selective" in kinds:
+        raise UserError(
+            "memory.checkpoint is selective, which does not go with ZeRO 3: its gathering of weights differs between "
+            "the two runs of a block; take torch, or a ds_config of stage 0, 1 or 2"
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fdscale import config
-from fdscale.engine.ds_config import accumulation, bf16, check_world, offloaded, stage
+from fdscale.engine.ds_config import accumulation, bf16, check_checkpointing, check_world, offloaded, stage
 from fdscale.plan.shapes import Networks
 
 GIB = 2**30
@@ -117,6 +117,7 @@ def estimate(setup: Setup, networks: Networks) -> Memory:
     """All of it. Raises UserError where the batch does not divide, or the ds_config does not suit so many GPUs."""
     setup.accumulation  # noqa: B018  it raises
     check_world(setup.ds, setup.world)
+    check_checkpointing(setup.ds, setup.settings.memory.checkpoint)
     settings, n = setup.settings, networks.parameters
     found, notes = networks.activations(setup.dtype), []
     teacher = networks.teacher_peak()

@@ -90,7 +90,12 @@ def planned(
     candidates = []
     for choice in (first, *rest):
         setup = Setup(choice.applied(settings), ds_configs[choice.ds], world, machine.gpus_per_node)
-        one = search.plan(setup, networks, machine)
+        try:
+            one = search.plan(setup, networks, machine)
+        except UserError:  # these do not go together
+            if choice == first:
+                raise
+            continue
         if choice == first or one.memory.total <= SLACK * machine.gpu.memory_gib * GIB:
             candidates.append(Candidate(choice, one.memory.total / GIB, one.pace.step_s))
     return [candidates[0], *sorted(candidates[1:], key=lambda candidate: candidate.planned_s or 0.0)]

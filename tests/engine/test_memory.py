@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdscale import UserError
 from fdscale.engine import memory
+from fdscale.engine.ds_config import check_checkpointing
 from fdscale.models import backbone
 
 SWIN = {
@@ -77,6 +78,14 @@ def test_selective_checkpointing_does_not_attend_again(model: str, args: dict, s
             assert torch.equal(found[kind][1][name], gradient), (kind, name)
     blocks = 4 if model == "swin_v2" else 3
     assert counts == {"none": blocks, "torch": 2 * blocks, "selective": blocks}
+
+
+def test_selective_checkpointing_is_refused_at_stage_3() -> None:
+    for stage in (0, 1, 2):
+        check_checkpointing({"zero_optimization": {"stage": stage}}, ("selective",))
+    check_checkpointing({"zero_optimization": {"stage": 3}}, ("none", "torch"))
+    with pytest.raises(UserError, match=r"memory\.checkpoint is selective, which does not go with ZeRO 3"):
+        check_checkpointing({"zero_optimization": {"stage": 3}}, ("none", "selective"))
 
 
 class Counted(TorchDispatchMode):
