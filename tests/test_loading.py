@@ -43,6 +43,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["whole.safetensors", "half.safetensors", "whole.pth"])
 def test_a_students_weights_are_taken_one_by_one(saved: dict[str, Path], form: str) -> None:
     settings = config.load("demo", [*SETTINGS, f"student.weights={saved[form]}"])
@@ -62,6 +63,7 @@ def test_a_students_weights_are_taken_one_by_one(saved: dict[str, Path], form: s
     assert most - before < 0.15 * sum(sizes.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["whole.safetensors", "half.safetensors", "whole.pth"])
 def test_a_teacher_holds_nothing_until_it_is_placed(saved: dict[str, Path], form: str) -> None:
     before = own_bytes()
