@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fdscale import UserError, config, dist
-from fdscale.assemble import Parts, assemble, cache_plan, learnt_tokens, numbered_stream
+from fdscale.assemble import Parts, assemble, cache_folder, cache_plan, learnt_tokens, numbered_stream
 from fdscale.data import feature_files
 from fdscale.data.features import HEADER, Plan, encode, is_whole, written
 from fdscale.engine import memory
@@ -58,21 +58,31 @@ def cache(settings: config.Config, out: str, *, repair: bool = False) -> int:
     parts = assemble(settings, world=1)
     dist.init()
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    plan = _prepare(out, cache_plan(parts), repair, console)
+    for name in parts.teachers:  # of several, one after the other, in a directory of its own
+        if code := _cache(parts, name, cache_folder(out, name), repair, console):
+            return code
+    return DONE
+
+
+def _cache(parts: Parts, name: str, out: str, repair: bool, console: Console) -> int:
+    """One teacher's cache; returns the process's exit code."""
+    plan = _prepare(out, cache_plan(parts, name), repair, console)
     if is_whole(out):
         if dist.rank() == 0:
             console.print(f"{out} is whole; nothing to do (--repair looks for damage)", markup=False)
         return DONE
+    teacher = parts.teachers[name]
     mine = range(dist.rank(), plan.files, dist.world())
     there = written(out, plan)
     with _stop_signals() as stopped, _bar(plan, len(there)) as advance:
         if repair:
             there -= _discard_damaged(out, plan, [file for file in mine if file in there], console)
-        if parts.teacher.is_ours:
-            memory.agree_on_kernels(parts.teacher.network)
-        parts.teacher.to(dist.device())
+        if teacher.is_ours:
+            memory.agree_on_kernels(teacher.network)
+        teacher.to(dist.device())
         with contextlib.suppress(_Stopped):
-            _write(parts, plan, out, [file for file in mine if file not in there], stopped, advance, console)
+            _write(parts, name, plan, out, [file for file in mine if file not in there], stopped, advance, console)
+    teacher.to("cpu")
     if feature_files.finish(out, plan):
         console.print(f"{out} is whole: features of {plan.span} samples", markup=False)
         return DONE
@@ -140,7 +150,14 @@ def _discard_damaged(out: str, plan: Plan, files: list[int], console: Console) -
 
 
 def _write(
-    parts: Parts, plan: Plan, out: str, files: list[int], stopped: list[str], advance: Advance, console: Console
+    parts: Parts,
+    name: str,
+    plan: Plan,
+    out: str,
+    files: list[int],
+    stopped: list[str],
+    advance: Advance,
+    console: Console,
 ) -> None:
     """Write these files; raises _Stopped on a signal.
 
@@ -150,7 +167,7 @@ def _write(
     size = plan.micro_batch
     chosen = (list(range(first, first + size)) for file in files for first in plan.numbers(file)[::size])
     losses = Losses(Path(out), console)
-    computed = _ahead(_computed(parts, plan, chosen, losses))
+    computed = _ahead(_computed(parts, name, plan, chosen, losses))
 
     def records(file: int) -> Iterator[np.ndarray]:
         for first in plan.numbers(file)[::size]:
@@ -170,7 +187,7 @@ def _write(
 
 
 def _computed(
-    parts: Parts, plan: Plan, chosen: Iterable[list[int]], losses: Losses
+    parts: Parts, name: str, plan: Plan, chosen: Iterable[list[int]], losses: Losses
 ) -> Generator[tuple[Any, ...], None, None]:
     """Numbers, views, values and scales of each micro-batch, on the CPU."""
     stream = numbered_stream(parts, chosen)
@@ -185,7 +202,7 @@ def _computed(
                     f"{budget:g} allows: they are listed in lost-{dist.rank()}.log of the cache; repair them, or set a "
                     "larger budget"
                 )
-            tokens = learnt_tokens(to_device(batch["images"]), parts.teacher, parts.pairing)
+            tokens = learnt_tokens(to_device(batch["images"]), parts.teachers[name], parts.pairings[name])
             values, scale = encode(tokens, plan.stored)
             finite = tokens.isfinite().all(-1).all(-1).cpu()
             if not finite.all():

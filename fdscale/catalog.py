@@ -42,7 +42,7 @@ def _print_list(json: bool) -> None:
                 "task": config.task_of(settings),
                 "student": settings.student.model,
                 "parameters": parameters(settings),
-                "teacher": settings.teacher.source or None,
+                "teacher": " + ".join(teacher.source for teacher in config.teachers_of(settings).values()) or None,
                 "classes": settings.classify.classes,
                 "image_size": settings.data.image_size,
                 "batch_size": settings.optim.batch_size,
@@ -85,3 +85,4 @@ def _print_keys(json: bool) -> None:
         return
     for row in rows:
         print(f"{row['key']:<24} {json_module.dumps(row['default']):<22} {row['meaning']}")
+    print("teachers.NAME.KEY        several teachers instead of the one of `teacher`, with its keys for each")

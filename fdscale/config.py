@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,11 +22,14 @@ from typing import Any
 import yaml
 
 from fdscale import UserError
-from fdscale.keys import Config
+from fdscale.keys import Config, Teacher
 from fdscale.strict import hints_of, nearest, read_yaml, section, value_of
 
 VERBS = {"distill": "distill", "cache": "distill", "finetune": "finetune", "evaluate": "finetune"}  # and their tasks
-UNUSED = {"distill": ("classify",), "finetune": ("teacher", "objective", "cache")}  # sections that a task leaves aside
+UNUSED = {
+    "distill": ("classify",),
+    "finetune": ("teacher", "teachers", "objective", "cache"),
+}  # sections that a task leaves aside
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -92,24 +96,55 @@ def _override(config: Config, text: str) -> Config:
     hints = hints_of(Config)
     if keys[0] not in hints:
         raise UserError(f"{where}: unknown section {keys[0]}{nearest(keys[0], hints)}; known: {', '.join(hints)}")
-    kind, section = hints[keys[0]], getattr(config, keys[0])
-    inner = hints_of(kind)
-    if keys[1] not in inner:
+    if keys[0] == "teachers":
+        taught = _override_teacher(config.teachers, keys[1:], value, where)
+        return dataclasses.replace(config, teachers={**config.teachers, keys[1]: taught})
+    changed = _override_section(getattr(config, keys[0]), keys[1:], value, f"{keys[0]}.", where)
+    return dataclasses.replace(config, **{keys[0]: changed})
+
+
+def _override_teacher(teachers: dict[str, Teacher], keys: list[str], value: Any, where: str) -> Teacher:
+    if not teachers:
+        raise UserError(f"{where}: the recipe has no `teachers`; its one teacher is the section teacher")
+    if keys[0] not in teachers:
         raise UserError(
-            f"{where}: unknown key {keys[0]}.{keys[1]}{nearest(keys[1], inner)}; known here: {', '.join(inner)}"
+            f"{where}: the recipe has no teacher {keys[0]}{nearest(keys[0], teachers)}; it has {', '.join(teachers)}"
         )
-    if len(keys) > 2:
-        current = getattr(section, keys[1])
-        if not isinstance(current, dict) or len(keys) > 3:
-            raise UserError(f"{where}: {'.'.join(keys[:2])} has no keys inside")
-        value = {**current, keys[2]: value}
-    converted = value_of(kind, keys[1], inner[keys[1]], value, f"{keys[0]}.", where)
-    return dataclasses.replace(config, **{keys[0]: dataclasses.replace(section, **{keys[1]: converted})})
+    if len(keys) < 2:
+        raise UserError(f"{where}: expected teachers.{keys[0]}.key=value")
+    return _override_section(teachers[keys[0]], keys[1:], value, f"teachers.{keys[0]}.", where)
+
+
+def _override_section(section: Any, keys: list[str], value: Any, prefix: str, where: str) -> Any:
+    """The section with another value; keys: one of its own, and perhaps one inside it."""
+    kind = type(section)
+    inner = hints_of(kind)
+    if keys[0] not in inner:
+        raise UserError(
+            f"{where}: unknown key {prefix}{keys[0]}{nearest(keys[0], inner)}; known here: {', '.join(inner)}"
+        )
+    if len(keys) > 1:
+        current = getattr(section, keys[0])
+        if not isinstance(current, dict) or len(keys) > 2:
+            raise UserError(f"{where}: {prefix}{keys[0]} has no keys inside")
+        value = {**current, keys[1]: value}
+    converted = value_of(kind, keys[0], inner[keys[0]], value, prefix, where)
+    return dataclasses.replace(section, **{keys[0]: converted})
 
 
 def task_of(config: Config) -> str:
     """What a recipe is for, a key of UNUSED."""
     return "distill" if config.classify.classes is None else "finetune"
+
+
+def teachers_of(config: Config) -> dict[str, Teacher]:
+    """The teachers of a distillation by name, sorted by it; the one of the section `teacher` is called ""."""
+    return dict(sorted(config.teachers.items())) or {"": config.teacher}
+
+
+def key_of(name: str) -> str:
+    """Where a teacher of `teachers_of` stands in a recipe."""
+    return f"teachers.{name}" if name else "teacher"
 
 
 def check_verb(config: Config, verb: str) -> None:
@@ -150,6 +185,7 @@ def check(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: cache.features and cache.dtype need cache.epochs, the epochs after which samples repeat"
         )
+    _check_teachers(config, where)
     if task_of(config) == "finetune" and cache.epochs is not None:
         raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
     if config.classify.head != "fresh" and config.student.weights is None:
@@ -165,6 +201,18 @@ def check(config: Config, where: str) -> None:
         low, high = getattr(config.data, name)
         if not 0 < low <= high:
             raise UserError(f"{where}: data.{name} must be two rising positive numbers, got [{low:g}, {high:g}]")
+
+
+def _check_teachers(config: Config, where: str) -> None:
+    """One way of naming teachers, and names that can be part of a column's, a parameter's and a directory's."""
+    if config.teachers and config.teacher != Teacher():
+        raise UserError(f"{where}: set either teacher, for one, or teachers, for several by name")
+    for name in config.teachers:
+        if not re.fullmatch("[a-z][a-z0-9_]{0,31}", str(name)) or str(name).partition("_")[0] == "ema":
+            raise UserError(
+                f"{where}: teachers.{name}: a teacher's name must be up to 32 small letters, digits and underscores, "
+                "beginning with a letter, and not ema, which names the average of the weights"
+            )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,9 +243,12 @@ def dump(config: Config) -> str:
 
 
 def fields() -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, default, dataclass field) of every option: the reference that `fdscale recipes --keys` prints."""
+    """(dotted key, default, dataclass field) of every option: the reference that `fdscale recipes --keys` prints.
+
+    Those of `teachers`, which are the ones of `teacher` for each name, are left out.
+    """
     for name, kind in hints_of(Config).items():
-        for entry in dataclasses.fields(kind):
+        for entry in dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ():
             yield f"{name}.{entry.name}", getattr(kind(), entry.name), entry
 
 
@@ -206,14 +257,24 @@ def trajectory(config: Config) -> dict[str, Any]:
 
     Files are identified by their content elsewhere.
     """
-    excluded = {"student.weights", "teacher.weights", "classify.head"}
-    if config.cache.epochs is None:  # the section does nothing, and runs from before it was there go on
+    # Keys that do nothing as they are set are left out, so that runs from before they were there go on.
+    excluded = {"student.weights", "classify.head", "teacher.weights"}
+    if config.cache.epochs is None:
         excluded |= {"cache.epochs", "cache.dtype"}
+    teachers = teachers_of(config)
+    if all(teacher.whiten != "phi_s" for teacher in teachers.values()):
+        excluded |= {"objective.whiten_samples"}
     values = {}
-    for key, _, entry in fields():
+    for key, default, entry in fields():
         section, name = key.split(".")
-        if not entry.metadata["neutral"] and key not in excluded and section not in UNUSED[task_of(config)]:
+        if entry.metadata["neutral"] or key in excluded or section in UNUSED[task_of(config)]:
+            continue
+        if section != "teacher":
             values[key] = getattr(getattr(config, section), name)
+            continue
+        for named, teacher in teachers.items():
+            if name not in ("weight", "whiten") or getattr(teacher, name) != default:
+                values[f"{key_of(named)}.{name}"] = getattr(teacher, name)
     return json.loads(json.dumps(values))
 
 

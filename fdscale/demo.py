@@ -199,7 +199,7 @@ def teacher_weights(path: Path) -> None:
 
 def draw(settings: config.Config, out: Path) -> None:
     """Feature maps of the teacher, and of the student before and after, in the colours of the teacher's features."""
-    teacher = assemble(settings, 1).teacher
+    teacher = assemble(settings, 1).teachers[""]
     reader = checkpoint.Reader(checkpoint.committed(out / "run" / "checkpoints")[0])
     before, after = student(settings, teacher, None), student(settings, teacher, reader)
     files = {path.stem: path for path in (out / "photos").glob("*/*")}
@@ -209,7 +209,7 @@ def draw(settings: config.Config, out: Path) -> None:
         photos.append(image[0].permute(1, 2, 0).numpy())
         with torch.no_grad():
             there = image.to(dist.device())
-            guesses = [model.predict(normalise(there, torch.float32)) for model in (before, after)]
+            guesses = [model.predict(normalise(there, torch.float32))[0] for model in (before, after)]
             maps.append([square(tokens.cpu()) for tokens in (whiten(teacher(image)), *guesses)])
     width = maps[0][0].shape[-1]
     basis = pca_to_rgb(np.concatenate([ours[0].reshape(-1, width) for ours in maps]))
@@ -227,14 +227,14 @@ def draw(settings: config.Config, out: Path) -> None:
 
 def student(settings: config.Config, teacher: Teacher, reader: checkpoint.Reader | None) -> Distiller:
     """The trainable module with its first weights, or with those of a checkpoint."""
-    _, module = build_student(settings, teacher)
+    _, module = build_student(settings, {"": teacher})
     first = initial_values(settings, module)
     weights = {
         name: reader.full(name) if reader else first(name, parameter.shape)
         for name, parameter in module.named_parameters()
     }
     module.load_state_dict(weights, assign=True)
-    module.align = None  # the picture has another grid than training
+    module.projectors[""].align = None  # the picture has another grid than training
     return module.eval().to(dist.device())  # whose kernels it has
 
 

@@ -15,7 +15,8 @@ from fdscale.assemble import (
     assemble,
     heldout_stream,
     learnt_tokens,
-    teacher_identity,
+    numbered_stream,
+    teachers_identity,
     train_stream,
     training_target,
 )
@@ -23,7 +24,8 @@ from fdscale.engine import ema, memory
 from fdscale.engine.metrics import Work
 from fdscale.inputs import normalise, open_heldout, to_device
 from fdscale.job import run_job
-from fdscale.objective import feature_loss, whiten
+from fdscale.objective import feature_loss
+from fdscale.phi_s import Moments, rotation
 from fdscale.run import Run
 
 MEAN_VIEWS = 256  # fewer make the mean token noisy, and a trivial predictor that is easily beaten
@@ -57,137 +59,213 @@ def distill(
 
 
 class Distillation:
-    """The task of `fdscale.job`: a teacher's features are the target."""
+    """The task of `fdscale.job`: the features of a teacher, or of several, are the target."""
 
     def __init__(self, parts: Parts):
         self.parts, self.inputs, self.module = parts, parts.inputs, parts.module
 
     def identity(self) -> dict[str, Any]:
-        """The content of the teacher's weights."""
-        return teacher_identity(self.parts)
+        """The content of the teachers' weights."""
+        return teachers_identity(self.parts)
 
     def initial_values(self) -> Callable[[str, torch.Size], Tensor]:
         """Those of the config."""
         return student.initial_values(self.parts.settings, self.module)
 
     def place(self) -> None:
-        """The teacher, where it runs; a collective."""
-        if self.parts.teacher.is_ours:
-            memory.agree_on_kernels(self.parts.teacher.network)
-        if self.parts.cached is None:
-            self.parts.teacher.to(dist.device())
-        elif not self.parts.settings.data.heldout_shards:
-            self.parts.teacher.to("meta")  # nothing computes with it: its memory is free again
+        """The teachers, where they run, and what phi_s has to know of their features; a collective."""
+        parts = self.parts
+        for teacher in parts.teachers.values():
+            if teacher.is_ours:
+                memory.agree_on_kernels(teacher.network)
+            if not parts.cached:
+                teacher.to(dist.device())
+            elif not parts.settings.data.heldout_shards:
+                teacher.to("meta")  # nothing computes with it: its memory is free again
+        learn_phi_s(parts)
 
     def about(self) -> list[str]:
-        """Teacher and student, where the features come from, and what computes."""
-        settings, cached = self.parts.settings, self.parts.cached
-        lines = [f"{settings.teacher.source} -> {settings.student.model}"]
-        if cached is not None:
-            lines.append(f"the teacher's features come from {cached.folder}; it does not run")
-        elif self.parts.teacher.is_ours:
-            lines += [f"the teacher's {line}" for line in student.about_kernels(self.parts.teacher.network)]
+        """Teachers and student, where the features come from, and what computes."""
+        parts, settings = self.parts, self.parts.settings
+        sources = " + ".join(teacher.source for teacher in config.teachers_of(settings).values())
+        lines = [f"{sources} -> {settings.student.model}"]
+        for name, teacher in parts.teachers.items():
+            whose = f"the teacher {name}'s" if name else "the teacher's"
+            if parts.cached:
+                lines.append(f"{whose} features come from {parts.cached[name].folder}; it does not run")
+            elif teacher.is_ours:
+                lines += [f"{whose} {line}" for line in student.about_kernels(teacher.network)]
+            if self.module.projectors[name].phi_s is not None:
+                samples = settings.objective.whiten_samples
+                lines.append(f"{whose} features are whitened by phi_s, as {samples} samples have them")
         loss = f"whitening and loss: {student.by(self.module.fused)}"
         return [*lines, *student.about_kernels(self.module.backbone), loss]
 
     def work(self) -> Work:
-        """Of the student, and of the teacher where it runs."""
-        size = (self.parts.settings.data.image_size,) * 2
-        teacher = self.parts.teacher.flops(size) if self.parts.cached is None else 0
-        return student.work_per_image(self.parts.settings, self.module.backbone, teacher)
+        """Of the student, and of the teachers where they run."""
+        parts, size = self.parts, (self.parts.settings.data.image_size,) * 2
+        teachers = 0 if parts.cached else sum(teacher.flops(size) for teacher in parts.teachers.values())
+        return student.work_per_image(parts.settings, self.module.backbone, teachers)
 
     def stream(self, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
         """Training views, with the teacher's features where they are replayed."""
         return train_stream(self.parts, start, stop)
 
-    def prepare(self, batch: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Images, the teacher's tokens and sample numbers."""
+    def prepare(self, batch: dict[str, Any], dtype: torch.dtype) -> tuple[Any, ...]:
+        """Images, each teacher's tokens, and sample numbers."""
         images = to_device(batch["images"])
         numbers = batch["numbers"].to(dist.device(), non_blocking=True)
-        return normalise(images, dtype), training_target(self.parts, batch, images), numbers
+        targets = tuple(training_target(self.parts, batch, images, name) for name in self.parts.teachers)
+        return normalise(images, dtype), targets, numbers
 
-    def blank(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def blank(self, dtype: torch.dtype) -> tuple[Any, ...]:
         """Zeros for all of them."""
         parts, size = self.parts, self.parts.settings.data.image_size
         images = torch.zeros(parts.settings.memory.micro_batch, 3, size, size, device=dist.device())
         numbers = torch.zeros(len(images), dtype=torch.int64, device=dist.device())
-        rows, columns = parts.pairing.student_grid
-        tokens = len(parts.pairing.student_kept) + rows * columns
-        target = torch.zeros(len(images), tokens, parts.teacher.width, device=dist.device())
-        return normalise(images, dtype), target, numbers
+        targets = tuple(
+            torch.zeros(len(images), parts.pairings[name].tokens, teacher.width, device=dist.device())
+            for name, teacher in parts.teachers.items()
+        )
+        return normalise(images, dtype), targets, numbers
 
     def evaluation(self, run: Run, dtype: torch.dtype) -> Callable[[Any], dict[str, Any]]:
         """The held-out loss."""
         return HeldOut(self.parts, dtype, run)
 
 
+@torch.no_grad()
+def learn_phi_s(parts: Parts) -> None:
+    """Mean and covariance of the teachers' tokens for `phi_s`, unless a checkpoint brought them; a collective.
+
+    They are of the training views 0 .. objective.whiten_samples - 1, in parts of a micro-batch of consecutive numbers
+    which ranks take in turns: equal to the last bit on any number of ranks, live or replayed.
+    """
+    wanted = {name: one for name, one in parts.module.projectors.items() if one.phi_s and not one.phi_s.is_set}
+    if not wanted:
+        return
+    size, world = parts.settings.memory.micro_batch, dist.world()
+    count = -(-parts.settings.objective.whiten_samples // size)
+    # Every rank begins with the first part, and all have as many, since a teacher's forward may be a collective.
+    mine = [0, *range(dist.rank(), -(-count // world) * world, world)]
+    moments: dict[str, Moments] = {}
+    stream = numbered_stream(parts, [list(range(part * size, (part + 1) * size)) for part in mine])
+    try:
+        for part, batch in zip(mine, stream, strict=True):
+            images = to_device(batch["images"])
+            for name in wanted:
+                tokens = training_target(parts, batch, images, name)
+                if name not in moments:
+                    moments[name] = Moments(tokens, count)
+                elif part < count:
+                    moments[name].add(tokens)
+    finally:
+        stream.close()
+    for name, projector in wanted.items():
+        assert projector.phi_s is not None
+        dist.total(moments[name].sums)
+        dist.total(moments[name].count)
+        mean, covariance = moments[name].mean_and_covariance()
+        # Machines may differ in the principal directions: all take rank 0's.
+        matrix = rotation(covariance) if dist.rank() == 0 else torch.zeros_like(covariance)
+        projector.phi_s.set(mean, dist.total(matrix))
+
+
 class HeldOut:
-    """Held-out loss, beside that of a trivial predictor: the training set's mean token, predicted everywhere."""
+    """Held-out loss, beside that of a trivial predictor: the training set's mean token, predicted everywhere.
+
+    Of several teachers it is the weighted sum that is trained on, and each one's own losses stand beside it.
+    """
 
     def __init__(self, parts: Parts, dtype: torch.dtype, run: Run):
         self._parts, self._dtype, self._run = parts, dtype, run
         self._index = open_heldout(parts.settings.data)
-        self._constant: Tensor | None = None
+        self._constants: dict[str, Tensor] | None = None  # mean token of each teacher, whitened
 
     def __call__(self, engine: Any) -> dict[str, Any]:
         """The record of one evaluation; a collective. Empty where there is no held-out set, or a signal came."""
         if self._index is None:
             return {}
-        first = self._constant is None
-        if self._constant is None:
-            self._constant = self._mean_training_token()
-        if self._constant is None:
+        first = self._constants is None
+        if self._constants is None:
+            self._constants = self._mean_training_tokens()
+        if self._constants is None:
             return {}
         record = self._evaluate(engine, first)
         if record and self._parts.settings.optim.ema is not None:
             with ema.in_place_of_weights(engine):
                 averaged = self._evaluate(engine, False)
-            record = record | {"heldout_loss_ema": averaged["heldout_loss"]} if averaged else {}
+            of_loss = {key: value for key, value in averaged.items() if key.startswith("heldout_loss")}
+            named = {key.replace("heldout_loss", "heldout_loss_ema", 1): value for key, value in of_loss.items()}
+            record = record | named if averaged else {}
         return record
 
     def _evaluate(self, engine: Any, first: bool) -> dict[str, Any]:
         """The losses of the weights that are in place; empty where a signal came."""
-        parts, beta = self._parts, self._parts.settings.objective.beta
-        sums = torch.zeros(3, dtype=torch.float64, device=dist.device())
+        parts = self._parts
+        names = [f"_{name}" for name in parts.teachers if name]
+        sums = torch.zeros(3 + 2 * len(names), dtype=torch.float64, device=dist.device())
         engine.eval()
-        if parts.cached is not None:  # the teacher is needed here alone, and is on the device only as long
-            parts.teacher.to(dist.device())
+        if parts.cached:  # the teachers are needed here alone, and are on the device only as long
+            for teacher in parts.teachers.values():
+                teacher.to(dist.device())
         with torch.no_grad():
             for batch in heldout_stream(parts, self._index):
                 if self._run.interrupted():
                     break
                 if first:  # every evaluation loses the same samples
                     self._run.report_lost(batch["replaced"])
-                images, weights = to_device(batch["images"]), batch["weights"].to(dist.device())
-                tokens = learnt_tokens(images, parts.teacher, parts.pairing)
-                loss = engine(normalise(images, self._dtype), tokens, None, weights)
-                target = whiten(tokens)
-                trivial = feature_loss(self._constant.expand_as(target), target, beta, weights)
-                sums += torch.stack([loss.double(), trivial.double(), weights.sum().double()])
+                sums += self._losses(engine, batch)
         engine.train()
-        if parts.cached is not None:
-            parts.teacher.to("cpu")
+        if parts.cached:
+            for teacher in parts.teachers.values():
+                teacher.to("cpu")
         if self._run.stopped_by:
             return {}
-        loss, trivial, count = dist.total(sums).tolist()
+        loss, trivial, count, *more = dist.total(sums).tolist()
         if not count:
             raise UserError(f"no sample of data.heldout_shards ({parts.settings.data.heldout_shards}) can be read")
-        return {"heldout_loss": loss / count, "heldout_trivial": trivial / count, "heldout_samples": int(count)}
+        record = {"heldout_loss": loss / count, "heldout_trivial": trivial / count, "heldout_samples": int(count)}
+        keys = [f"{kind}{name}" for kind in ("heldout_loss", "heldout_trivial") for name in names]
+        return record | {key: value / count for key, value in zip(keys, more, strict=True)}
 
-    def _mean_training_token(self) -> Tensor | None:
-        """(T,) over as many training views as there are held-out samples, but at least MEAN_VIEWS; a collective.
+    def _losses(self, engine: Any, batch: dict[str, Any]) -> Tensor:
+        """Sums over a micro-batch: loss, trivial loss, samples; and of several teachers each one's losses, then each
+        one's trivial losses."""
+        parts, beta, module = self._parts, self._parts.settings.objective.beta, self._parts.module
+        assert self._constants is not None
+        images, weights = to_device(batch["images"]), batch["weights"].to(dist.device())
+        tokens = {name: learnt_tokens(images, parts.teachers[name], parts.pairings[name]) for name in parts.teachers}
+        loss = engine(normalise(images, self._dtype), tuple(tokens.values()), None, weights)
+        trivial = []
+        for name, projector in module.projectors.items():
+            target = projector.whiten(tokens[name])
+            trivial.append(feature_loss(self._constants[name].expand_as(target), target, beta, weights))
+        factors = [projector.factor for projector in module.projectors.values()]
+        total = sum(factor * one for factor, one in zip(factors, trivial, strict=True))
+        own = [*module.losses.values(), *trivial] if module.losses else []
+        return torch.stack([one.double() for one in (loss, total, weights.sum(), *own)])
+
+    def _mean_training_tokens(self) -> dict[str, Tensor] | None:
+        """(T,) of each, over as many training views as there are held-out samples, but at least MEAN_VIEWS; a
+        collective.
 
         None: a signal came.
         """
         parts = self._parts
         most = parts.settings.data.heldout_samples or parts.inputs.index.samples
         wanted = max(MEAN_VIEWS, min(most, parts.inputs.index.samples))
-        sums = torch.zeros(parts.teacher.width + 1, dtype=torch.float64, device=dist.device())
+        sums = {
+            name: torch.zeros(teacher.width + 1, dtype=torch.float64, device=dist.device())
+            for name, teacher in parts.teachers.items()
+        }
         for batch in train_stream(parts, 0, wanted):
             if self._run.interrupted():
                 return None
-            target = whiten(training_target(parts, batch, to_device(batch["images"]))).flatten(0, 1)
-            sums[:-1] += target.double().sum(0)
-            sums[-1] += target.shape[0]
-        sums = dist.total(sums)
-        return (sums[:-1] / sums[-1]).float()
+            images = to_device(batch["images"])
+            for name, projector in parts.module.projectors.items():
+                target = projector.whiten(training_target(parts, batch, images, name)).flatten(0, 1)
+                sums[name][:-1] += target.double().sum(0)
+                sums[name][-1] += target.shape[0]
+        totals = {name: dist.total(one) for name, one in sums.items()}
+        return {name: (one[:-1] / one[-1]).float() for name, one in totals.items()}

@@ -54,6 +54,13 @@ class Teacher:
         "how the teacher's token grid is brought to the student's; null: they must be equal",
         choices=(None, "bilinear", "bicubic", "area"),
     )
+    weight: float = option(1.0, "factor of this teacher's loss in the sum of all", low=1e-6)
+    whiten: str = option(
+        "layer_norm",
+        "layer_norm: each token to mean 0 and variance 1 (arXiv 2205.14141); phi_s: rotated and scaled so that over the "
+        "data each channel has mean 0 and variance 1, with all correlations kept (PHI-S, arXiv 2410.01680)",
+        choices=("layer_norm", "phi_s"),
+    )
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,9 @@ class Objective:
     """Whitened features under smooth-L1 (arXiv 2205.14141, section 3)."""
 
     beta: float = option(2.0, "transition of smooth-L1 from square to linear; 2.0 in the paper", low=1e-6)
+    whiten_samples: int = option(
+        4096, "samples, from number 0 on, whose teacher tokens tell phi_s means and covariances", low=2
+    )
 
 
 @dataclass(frozen=True)
@@ -302,6 +312,7 @@ class Config:
 
     student: Student = field(default_factory=Student)
     teacher: Teacher = field(default_factory=Teacher)
+    teachers: dict[str, Teacher] = field(default_factory=dict)  # several by name, and then no `teacher`
     objective: Objective = field(default_factory=Objective)
     classify: Classify = field(default_factory=Classify)
     data: Data = field(default_factory=Data)

@@ -95,6 +95,12 @@ def value_of(kind: type, key: str, hint: Any, value: Any, prefix: str, where: st
     """One field's value, converted to its type and checked against its bounds."""
     if dataclasses.is_dataclass(hint):
         return section(typing.cast(type, hint), value, f"{prefix}{key}.", where)
+    named = typing.get_args(hint)[-1] if typing.get_origin(hint) is dict else None
+    if dataclasses.is_dataclass(named):  # sections by name
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {prefix}{key} must be a mapping of names to sections, got {_show(value)}")
+        of = typing.cast(type, named)
+        return {name: section(of, tree, f"{prefix}{key}.{name}.", where) for name, tree in value.items()}
     metadata = next(f.metadata for f in dataclasses.fields(kind) if f.name == key)
     converted, ok = _convert(value, hint)
     if not ok:

@@ -55,7 +55,8 @@ def train(
     """Train until step `stop_at` (or a signal, or divergence), then save.
 
     open_stream gives the micro-batches from a sample number on; prepare turns one into the module's arguments, and
-    blank gives such without data; the module returns the loss. go_back handles `guard.trouble`: it changes `state`, or
+    blank gives such without data; the module returns the loss, and its `losses`, if it
+    has such, says what that was summed from. go_back handles `guard.trouble`: it changes `state`, or
     returns False where it cannot. save begins to save `state`, through the saver.
     """
     saver.saved_step, stream = state.step, Stream(open_stream)
@@ -174,7 +175,7 @@ def _step(
         if engine.is_gradient_accumulation_boundary():
             saver.before_update()
         engine.step()
-        meter.add(loss)
+        meter.add(loss, getattr(engine.module, "losses", {}))
     return void
 
 

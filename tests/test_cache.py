@@ -225,7 +225,7 @@ def test_another_image_size_set_or_weight_is_refused_by_name(
     with pytest.raises(UserError, match=r"content of data\.shards"):
         assemble(settings(f"cache.features={cached}", f"data.shards={tmp_path / 'shards'}"), 1)
 
-    network = assemble(settings(), 1).teacher.network
+    network = assemble(settings(), 1).teachers[""].network
     with torch.no_grad():
         network.get_parameter("patch_embed.proj.weight").mul_(1.01)
     torch.save(network.state_dict(), tmp_path / "other.pth")
@@ -258,7 +258,7 @@ def test_what_cannot_be_written_is_refused_at_once_and_leaves_nothing(
     with pytest.raises(UserError, match=r"cache\.epochs is not set"):
         write_cache(settings("cache.epochs=null"), str(tmp_path / "features"))
     weights = tmp_path / "broken.pth"
-    network = assemble(settings(), 1).teacher.network
+    network = assemble(settings(), 1).teachers[""].network
     network.get_parameter("norm.bias").data[3] = float("nan")
     torch.save(network.state_dict(), weights)
     with pytest.raises(UserError, match=r"shard-\d+\.tar: sample '.*': the teacher's features are not finite"):

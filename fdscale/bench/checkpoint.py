@@ -71,7 +71,7 @@ class Bench:
         args = {"img_size": SIZE, "patch_size": 16, "embed_dim": width, "depth": 12, "num_heads": width // 64}
         with torch.device("meta"):
             module = Distiller(backbone("vit", args), WIDTH)
-            target = module.predict(torch.empty(batch, 3, SIZE, SIZE))
+            (target,) = module.predict(torch.empty(batch, 3, SIZE, SIZE))
         self.engine = initialize(
             module,
             lambda name, shape: initial_value(module, name, shape, torch.float32, 0),

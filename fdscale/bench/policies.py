@@ -121,8 +121,7 @@ def name_of(policy: Policy) -> str:
 
 def build(settings: config.Config, networks: Networks) -> Callable[[], torch.Tensor]:
     """The forward of a micro-batch with content, on this machine's device; gradients go as soon as they are there."""
-    assert networks.teacher is not None
-    _, module = assemble.build_student(settings, networks.teacher)
+    _, module = assemble.build_student(settings, networks.teachers)
     module = module.to_empty(device=dist.device()).train()
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.02)

@@ -174,10 +174,16 @@ def batches(
 
 
 def chosen_batches(
-    samples: Samples, numbers: Iterable[list[int]], *, workers: int, prefetch: int = 2, pin_memory: bool = False
+    samples: Samples,
+    numbers: Iterable[list[int]],
+    *,
+    workers: int,
+    prefetch: int = 2,
+    pin_memory: bool = False,
+    complete: Complete | None = None,
 ) -> Batches:
     """The micro-batches of these numbers, one after another, as `batches` yields them."""
-    return _deliver(samples, numbers, workers, prefetch, pin_memory)
+    return _deliver(samples, numbers, workers, prefetch, pin_memory, complete=complete)
 
 
 def evaluation_batches(

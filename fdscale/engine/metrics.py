@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -62,6 +63,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._loss: Tensor | None = None
+        self._parts: dict[str, Tensor] = {}
         self._losses = self._steps = 0
         self._data_wait_s = self._save_stall_s = 0.0
         self._start = time.perf_counter()
@@ -104,9 +106,10 @@ class Meter:
         self._inputs_s += time.perf_counter() - start
         return made
 
-    def add(self, loss: Tensor) -> None:
-        """Account one micro-batch's loss, without waiting for it."""
+    def add(self, loss: Tensor, parts: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Account one micro-batch's loss, and by name what it was summed from, without waiting for them."""
         loss = loss.detach()
+        self._parts = {name: part + self._parts[name] if self._parts else part for name, part in parts.items()}
         self._step_loss = loss if self._step_loss is None else self._step_loss + loss
         self._losses += 1
         self._micro += 1
@@ -162,12 +165,14 @@ class Meter:
     def read(self, engine: Any) -> dict[str, Any]:
         """The interval's record, averaged over ranks where ranks differ, and a new interval. A collective."""
         assert self._loss is not None
-        loss = float(dist.total(self._loss.clone())) / (dist.world() * self._losses)
+        sums = dist.total(torch.stack([self._loss, *self._parts.values()])).tolist()
+        loss, *parts = (value / (dist.world() * self._losses) for value in sums)
         elapsed_s = time.perf_counter() - self._start
         rate = self._batch_size * self._steps / elapsed_s
         norm = engine.get_global_grad_norm()
         record = {
             "loss": loss,
+            **{f"loss_{name}": part for name, part in zip(self._parts, parts, strict=True)},
             "lr": max(group["lr"] for group in engine.optimizer.param_groups),
             "grad_norm": None if norm is None else float(norm),
             "images_per_s": rate,

@@ -34,6 +34,11 @@ class Pairing:
     teacher_grid: tuple[int, int]
     resample: str | None
 
+    @property
+    def tokens(self) -> int:
+        """P + h * w."""
+        return len(self.student_kept) + self.student_grid[0] * self.student_grid[1]
+
     def align_student(self, tokens: Tensor) -> Tensor:
         """(B, L, C) as the student gives them -> (B, P + h * w, C)."""
         grid = _after_prefix(tokens, self.student_prefix, self.student_grid, "student")

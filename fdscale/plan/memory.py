@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from fdscale import config
 from fdscale.engine.ds_config import accumulation, bf16, check_checkpointing, check_world, offloaded, stage
@@ -122,12 +123,11 @@ def estimate(setup: Setup, networks: Networks) -> Memory:
     found, notes = networks.activations(setup.dtype), []
     teacher = networks.teacher_peak()
     if teacher is None:
-        notes.append("the teacher does not run on the meta device: its activations are not in the sum")
+        notes.append("a teacher does not run on the meta device: its activations are not in the sum")
     parts = states(setup, networks)
     if settings.optim.ema is not None:
         parts["average of the weights"] = 4 * (n if stage(setup.ds) == 0 else -(-n // setup.world))
-    if networks.teacher_runs:
-        parts["teacher"] = networks.teacher_bytes
+    parts |= {f"teacher {name}".rstrip(): networks.teacher_bytes[name] for name in networks.running}
     parts |= {"buckets": buckets(setup, n), "batch": _batch(setup, networks)}
     gathered = _gathered(setup, networks)
     backward = found.peak + gathered
@@ -192,7 +192,7 @@ def _update(setup: Setup, networks: Networks) -> int:
 def _batch(setup: Setup, networks: Networks) -> int:
     """The module's arguments, and the images as they come, 8 bits each."""
     arguments = networks.arguments(setup.dtype)
-    return sum(tensor.numel() * tensor.element_size() for tensor in arguments) + arguments[0].numel()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(arguments)) + arguments[0].numel()
 
 
 def _host(setup: Setup, networks: Networks, offloaded_inputs: int) -> dict[str, int]:

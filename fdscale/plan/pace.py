@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from fdscale import student
+from fdscale import config, student
 from fdscale.engine import memory
 from fdscale.engine.ds_config import bf16, offloaded, stage
 from fdscale.models.layers import Attended
@@ -40,7 +40,7 @@ class Pass(NamedTuple):
 
     forward: float
     backward: float  # recomputation included
-    teacher: float
+    teacher: float  # of all of them
 
 
 def estimate(setup: Setup, networks: Networks, machine: Machine) -> Pace:
@@ -110,18 +110,17 @@ def _passes(setup: Setup, networks: Networks, machine: Machine) -> Pass:
     kept = ("none", "selective") if fused else ("none",)  # separate ops are computed again
     again = [seconds for seconds, kind in zip(ahead, kinds, strict=True) if kind not in kept]
     again += [s for s, chunk in zip(ahead, chunks, strict=True) if chunk and networks.kernels == "reference"]
+    teachers = sum(_teacher_s(name, networks, machine) for name in networks.running)
     recomputed = linear * sum(kind != "none" for kind in kinds) / len(kinds)
-    return Pass(linear + sum(ahead), 2 * linear + recomputed + sum(back) + sum(again), _teacher_s(networks, machine))
+    return Pass(linear + sum(ahead), 2 * linear + recomputed + sum(back) + sum(again), teachers)
 
 
-def _teacher_s(networks: Networks, machine: Machine) -> float:
-    """Its forward."""
-    if not networks.teacher_runs:
-        return 0.0
-    teacher, settings = networks.teacher, networks.settings
-    assert teacher is not None
+def _teacher_s(name: str, networks: Networks, machine: Machine) -> float:
+    """A teacher's forward."""
+    teacher, settings = networks.teachers[name], networks.settings
     images, size = settings.memory.micro_batch, (settings.data.image_size,) * 2
-    rate = machine.mfu * (machine.gpu.float32 if settings.teacher.dtype == "float32" else machine.gpu.bf16)
+    single = config.teachers_of(settings)[name].dtype == "float32"
+    rate = machine.mfu * (machine.gpu.float32 if single else machine.gpu.bf16)
     flops = 2 * teacher.flops(size)
     if not hasattr(teacher.network, "attended"):
         return images * flops / rate

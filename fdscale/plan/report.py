@@ -64,7 +64,7 @@ def text(found: Planned, machine: Machine, price: float | None, title: str) -> s
         f"{' with the optimizer offloaded' if offloaded(setup.ds) else ''}, {_precision(setup.weight_bytes)}, batch "
         f"{settings.optim.batch_size} = {setup.world} GPUs x {row['micro_batch']} x {row['accumulation']}"
     )
-    parts = [(name, _gib(size), "=" if name in COUNTED else "~") for name, size in found.memory.parts.items()]
+    parts = [(name, _gib(size), "=" if _is_counted(name) else "~") for name, size in found.memory.parts.items()]
     room = f"{machine.gpu.memory_gib:g} GiB of the GPU"
     verdict = "fits" if found.fits else f"does NOT fit; the largest part: {found.memory.largest}"
     parts.append(("peak", _gib(found.memory.total), f"of {room}: {verdict}"))
@@ -139,6 +139,11 @@ def suggestion(wanted: Planned, found: Planned | None, machine: Machine) -> str:
 def _block(title: str, rows: list[tuple[str, str, str]]) -> list[str]:
     width = max(len(name) for name, _, _ in rows)
     return [title, *(f"  {name:<{width}} {number:>9} {mark}".rstrip() for name, number, mark in rows), ""]
+
+
+def _is_counted(name: str) -> bool:
+    """Also of each of several teachers, by name."""
+    return name in COUNTED or (name.startswith("teacher ") and "," not in name)
 
 
 def _gib(size: int) -> str:

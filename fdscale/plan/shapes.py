@@ -23,6 +23,7 @@ from fdscale import assemble, config, student
 from fdscale.engine import memory
 from fdscale.engine.optim import param_groups
 from fdscale.kernels import attention
+from fdscale.models.teachers import Teacher
 
 
 class Live(TorchDispatchMode):
@@ -86,18 +87,19 @@ class Activations(NamedTuple):
 
 
 class Networks:
-    """Student, teacher and optimizer groups of a config, without content.
+    """Student, teachers and optimizer groups of a config, without content.
 
     gpu: count what GPUs keep: their kernels and their attention; else what a CPU does.
     """
 
     def __init__(self, settings: config.Config, gpu: bool = True) -> None:
         self.settings, self.gpu = settings, gpu
-        self.teacher = None
+        self.teachers: dict[str, Teacher] = {}  # by name, as `config.teachers_of` has them; of a fine-tuning none
         if config.task_of(settings) == "distill":
-            self.teacher = assemble.build_teacher(settings, shapes_only=True)
-            if self.teacher.is_ours:
-                memory.compute_by(self.teacher.network, self.kernels, self.fused)
+            self.teachers = assemble.build_teachers(settings, shapes_only=True)
+        for teacher in self.teachers.values():
+            if teacher.is_ours:
+                memory.compute_by(teacher.network, self.kernels, self.fused)
         self.module = self._module(settings)
         self.sizes = {name: parameter.numel() for name, parameter in self.module.named_parameters()}
         optim = settings.optim
@@ -111,9 +113,9 @@ class Networks:
         return sum(self.sizes.values())
 
     @property
-    def teacher_runs(self) -> bool:
-        """Whether the teacher computes in every step; not where its features are replayed."""
-        return self.teacher is not None and self.settings.cache.features is None
+    def running(self) -> dict[str, Teacher]:
+        """The teachers that compute in every step: none where their features are replayed."""
+        return self.teachers if self.settings.cache.features is None else {}
 
     @property
     def kernels(self) -> str:
@@ -140,22 +142,24 @@ class Networks:
         alike = {"none": "none", "selective": "selective"}
         kinds = [alike.get(kind, "torch") for kind in policy.checkpoint]  # the others keep a block's inputs alone
         memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, self.fused)
-        if self.teacher is None:
+        if not self.teachers:
             return student.build_classifier(settings, backbone)
-        self.pairing, module = assemble.join(settings, backbone, self.teacher)
+        self.pairings, module = assemble.join(settings, backbone, self.teachers)
         module.fused = self.fused
-        return module
+        return module.to("meta")  # the buffers of phi_s
 
-    def arguments(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Those of the module for one micro-batch, on the meta device: images, target, sample numbers."""
+    def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
+        """Those of the module for one micro-batch, on the meta device: images, target or targets, sample numbers."""
         count, size = self.settings.memory.micro_batch, self.settings.data.image_size
         images = torch.empty(count, 3, size, size, dtype=dtype, device="meta")
         numbers = torch.empty(count, dtype=torch.int64, device="meta")
-        if self.teacher is None:
+        if not self.teachers:
             return images, torch.empty(count, self.settings.classify.classes or 0, device="meta"), numbers
-        rows, columns = self.pairing.student_grid
-        tokens = len(self.pairing.student_kept) + rows * columns
-        return images, torch.empty(count, tokens, self.teacher.width, device="meta"), numbers
+        targets = tuple(
+            torch.empty(count, self.pairings[name].tokens, teacher.width, device="meta")
+            for name, teacher in self.teachers.items()
+        )
+        return images, targets[0] if len(targets) == 1 else targets, numbers
 
     def activations(self, dtype: torch.dtype) -> Activations:
         """Of a micro-batch under the `memory` section, for weights and images of this dtype."""
@@ -173,33 +177,33 @@ class Networks:
         return [block for block, kind in zip(blocks, kinds, strict=True) if kind == "fairscale_offload"]
 
     @functools.cached_property
-    def teacher_bytes(self) -> int:
-        """Of the teacher's parameters and buffers in its dtype."""
-        if self.teacher is None:
-            return 0
-        network = self.teacher.network
-        tensors = [*network.parameters(), *network.buffers()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    def teacher_bytes(self) -> dict[str, int]:
+        """Of each teacher's parameters and buffers in its dtype, and of what whitens its features."""
+        found = {}
+        for name, teacher in self.teachers.items():
+            tensors = [*teacher.network.parameters(), *teacher.network.buffers()]
+            tensors += self.module.projectors[name].buffers()
+            found[name] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return found
 
     def teacher_peak(self) -> int | None:
-        """At most alive in the teacher's forward of a micro-batch, as in float32: an upper bound for 16 bits.
+        """At most alive in a teacher's forward of a micro-batch, as in float32: an upper bound for 16 bits.
 
-        None where it does not run on the meta device.
+        They run one after the other. None where one does not run on the meta device.
         """
-        if not self.teacher_runs:
+        if not self.running:
             return 0
         if "teacher" not in self._found:
-            self._found["teacher"] = self._teacher_peaks()
-        peaks = self._found["teacher"]
-        return peaks and peaks[0] + (self.settings.memory.micro_batch - 1) * (peaks[1] - peaks[0])
+            self._found["teacher"] = [self._teacher_peaks(teacher) for teacher in self.teachers.values()]
+        peaks, more = self._found["teacher"], self.settings.memory.micro_batch - 1
+        return None if None in peaks else max(one + more * (two - one) for one, two in peaks)
 
-    def _teacher_peaks(self) -> list[int] | None:
+    def _teacher_peaks(self, teacher: Teacher) -> list[int] | None:
         """For one image and for two. Images do not meet in a teacher: what it needs is linear in them."""
-        assert self.teacher is not None
-        size = self.teacher.image_size or (self.settings.data.image_size,) * 2
+        size = teacher.image_size or (self.settings.data.image_size,) * 2
         peaks = []
         try:
-            network, forward = self.teacher.without_content()
+            network, forward = teacher.without_content()
             for some in (1, 2):
                 images = torch.empty(some, 3, *size, device="meta")
                 live = Live([images, *network.parameters(), *network.buffers()])
@@ -218,7 +222,7 @@ def _measure(module: nn.Module, arguments: tuple[Tensor, ...], offloaded: list[n
         block.forward = functools.partial(_noting, inputs, block.forward)
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(_drop)
-    live = Live([*module.parameters(), *module.buffers(), *arguments])
+    live = Live([*module.parameters(), *module.buffers(), *tree_leaves(arguments)])
     with live, _gpu_attention() if gpu else nullcontext():
         loss = module(*arguments)
         kept, moved = live.now, sum(inputs)

@@ -193,13 +193,15 @@ class Study:
         data = change(settings.data, heldout_shards=None)
         if not data.shards:
             data = change(data, shards=str(_images(self.folder / "data")))
-        teacher = settings.teacher
-        if config.task_of(settings) == "distill" and not teacher.weights:
-            teacher = change(teacher, weights="random")  # what they are takes no more or less time
+        teacher, teachers = settings.teacher, settings.teachers
+        if config.task_of(settings) == "distill":  # what weights are takes no more or less time
+            teachers = {name: change(one, weights=one.weights or "random") for name, one in teachers.items()}
+            teacher = teacher if teachers else change(teacher, weights=teacher.weights or "random")
         return change(
             settings,
             data=data,
             teacher=teacher,
+            teachers=teachers,
             log=change(settings.log, every=parts, tensorboard=False, samples=False, wandb=None),
             save=change(settings.save, every=10**6),
             guard=change(settings.guard, step_limit_s=0),

@@ -31,8 +31,8 @@ ADAM = {"lr": 1e-3, "weight_decay": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "c
 def fingerprint(name: str) -> str:
     """Of the weights that an engine begins with."""
     settings = config.load("demo", [*TINY])
-    teacher = assemble.build_teacher(settings)
-    _, module = assemble.build_student(settings, teacher)
+    teachers = assemble.build_teachers(settings)
+    _, module = assemble.build_student(settings, teachers)
     values = student.initial_values(settings, module)
     engine = init.initialize(module, values, CASES[name], batch_size=8, micro_batch=1, **ADAM)
     import deepspeed  # after fdscale has prepared for it

@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 def expected(dtype: torch.dtype) -> str:
     """The hash of the values that each parameter's own rule gives, without an engine."""
     settings = config.load("demo", [*TINY])
-    _, module = assemble.build_student(settings, assemble.build_teacher(settings))
+    _, module = assemble.build_student(settings, assemble.build_teachers(settings))
     digest = hashlib.sha256()
     for name, meta in sorted(module.named_parameters()):
         value = initial_value(module, name, meta.shape, torch.float32, settings.student.seed).to(dtype).float()

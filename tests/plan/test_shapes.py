@@ -57,8 +57,7 @@ def allocated(work: Callable[[], object]) -> tuple[int, int]:
 
 def real(networks: Networks, settings: config.Config) -> tuple[torch.nn.Module, list[torch.Tensor]]:
     """The module with content on the CPU, and its arguments."""
-    assert networks.teacher is not None
-    _, module = assemble.join(settings, student.build(settings), networks.teacher)
+    _, module = assemble.join(settings, student.build(settings), networks.teachers)
     module = module.to_empty(device="cpu").train()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
