@@ -57,8 +57,8 @@ class Teacher:
     weight: float = option(1.0, "factor of this teacher's loss in the sum of all", low=1e-6)
     whiten: str = option(
         "layer_norm",
-        "layer_norm: each token to mean 0 and variance 1 (arXiv 2205.14141); phi_s: rotated and scaled so that over the "
-        "data each channel has mean 0 and variance 1, with all correlations kept (PHI-S, arXiv 2410.01680)",
+        "layer_norm: each token to mean 0 and variance 1 (arXiv 2205.14141); phi_s: rotated, and scaled by one number, "
+        "so that over the data each channel has mean 0 and variance 1 (PHI-S, arXiv 2410.01680)",
         choices=("layer_norm", "phi_s"),
     )
 

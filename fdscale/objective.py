@@ -81,7 +81,7 @@ class Projector(nn.Linear):
 class Distiller(nn.Module):
     """The trainable module: backbone, a projector for each teacher, and the sum of their losses, weighted.
 
-    goals: of each teacher by name; one teacher's may be called "", or given as its width alone. Teachers are deliberately
+    goals: of each teacher by name; of one alone, it may be called "", or be given as a width. Teachers are deliberately
     not in here, so that no checkpoint ever holds one.
     fused: whitening and loss in one kernel where it can run (kernels/rows.py); set from outside.
     losses: of several teachers, each one's last loss by name, without its weight and without gradient.
@@ -141,7 +141,7 @@ class Distiller(nn.Module):
         part, _, rest = name.partition(".")
         if part == "backbone":
             self.backbone.init_parameter(rest, tensor, generator)
-        elif rest.endswith("bias"):
+        elif name.endswith(".bias"):
             tensor.zero_()
         else:
             nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
@@ -153,7 +153,6 @@ class Distiller(nn.Module):
 
     def no_decay(self) -> set[str]:
         """Parameters without weight decay."""
-        biases = {
-            name for name, _ in self.named_parameters() if name.startswith("projector.") and name.endswith("bias")
-        }
+        own = (f"projector.{name}" for name, _ in self.projector.named_parameters())
+        biases = {name for name in own if name.endswith(".bias")}
         return {f"backbone.{name}" for name in self.backbone.no_decay()} | biases

@@ -117,8 +117,8 @@ def hadamard(order: int) -> Tensor:
     found = _hadamard(order)
     if found is None:
         raise UserError(
-            f"phi_s needs a Hadamard matrix of the teacher's {order} channels, and Paley's and Sylvester's constructions "
-            "give none; take whiten: layer_norm"
+            f"phi_s needs a Hadamard matrix for the teacher's {order} channels, and Paley's and Sylvester's "
+            "constructions give none; take whiten: layer_norm"
         )
     return found
 
