@@ -97,7 +97,7 @@ class Distillation:
                 lines += [f"{whose} {line}" for line in student.about_kernels(teacher.network)]
             if self.module.projectors[name].phi_s is not None:
                 samples = settings.objective.whiten_samples
-                lines.append(f"{whose} features are whitened by phi_s, as {samples} samples have them")
+                lines.append(f"{whose} features are whitened by phi_s, by torch, as {samples} samples have them")
         loss = f"whitening and loss: {student.by(self.module.fused)}"
         return [*lines, *student.about_kernels(self.module.backbone), loss]
 
@@ -144,8 +144,8 @@ def learn_phi_s(parts: Parts) -> None:
     wanted = {name: one for name, one in parts.module.projectors.items() if one.phi_s and not one.phi_s.is_set}
     if not wanted:
         return
-    size, world = parts.settings.memory.micro_batch, dist.world()
-    count = -(-parts.settings.objective.whiten_samples // size)
+    samples, size, world = parts.settings.objective.whiten_samples, parts.settings.memory.micro_batch, dist.world()
+    count = -(-samples // size)
     # Every rank begins with the first part, and all have as many, since a teacher's forward may be a collective.
     mine = [0, *range(dist.rank(), -(-count // world) * world, world)]
     moments: dict[str, Moments] = {}
@@ -158,7 +158,7 @@ def learn_phi_s(parts: Parts) -> None:
                 if name not in moments:
                     moments[name] = Moments(tokens, count)
                 elif part < count:
-                    moments[name].add(tokens)
+                    moments[name].add(tokens[: samples - part * size])
     finally:
         stream.close()
     for name, projector in wanted.items():
