@@ -12,7 +12,7 @@ from helpers import run_cli
 
 from fdscale.models import convert
 
-# They differ in width, token grid, image size and normalisation; Lite1's 5 x 5 tokens are brought to the student's 8 x 8.
+# They differ in width, token grid, image size and normalisation; Lite1's 5 x 5 tokens are brought to 8 x 8.
 TWO: dict[str, Any] = {
     "student": {
         "model": "swin_v2",

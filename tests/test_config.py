@@ -9,6 +9,7 @@ import pytest
 
 from fdscale import UserError, config
 
+TWO = "teachers: {clip: {source: timm:x}, dino: {source: timm:y, weight: 2}}\nschedule: {steps: 10}\n"
 MINIMAL = "teacher: {source: timm:x}\nschedule: {steps: 10}\n"
 
 
@@ -68,6 +69,20 @@ def test_a_dumped_config_reads_back_equal(tmp_path: Path) -> None:
         (MINIMAL, ["optim.lr=fast"], ["optim.lr", "a number", "'fast'"]),
         (MINIMAL, ["optim.lr.x=1"], ["optim.lr has no keys inside"]),
         (MINIMAL, ["data.scale=[1"], ["not readable as YAML", "quote it"]),
+        (TWO + "teacher: {source: timm:z}", [], ["set either teacher, for one, or teachers, for several"]),
+        (TWO, ["teacher.source=timm:z"], ["set either teacher"]),
+        (TWO, ["teachers.clpi.weights=f"], ["no teacher clpi", "did you mean 'clip'", "it has clip, dino"]),
+        (TWO, ["teachers.clip.wieght=2"], ["unknown key teachers.clip.wieght", "did you mean 'weight'"]),
+        (TWO, ["teachers.clip.weight=0"], ["teachers.clip.weight", "at least"]),
+        (TWO, ["teachers.clip=2"], ["expected teachers.clip.key=value"]),
+        (TWO, ["teachers.clip.source.x=2"], ["teachers.clip.source has no keys inside"]),
+        (MINIMAL, ["teachers.clip.weights=f"], ["no `teachers`", "the section teacher"]),
+        ("teachers: {a: 3}\nschedule: {steps: 1}", [], ["teachers.a must be a mapping", "3"]),
+        ("teachers: [a]\nschedule: {steps: 1}", [], ["teachers must be a mapping of names to sections"]),
+        ("teachers: {a: {whiten: no}}\nschedule: {steps: 1}", [], ["teachers.a.whiten"]),
+        ("teachers: {A: {}}\nschedule: {steps: 1}", [], ["teachers.A: a teacher's name must be", "small letters"]),
+        ("teachers: {1: {}}\nschedule: {steps: 1}", [], ["teachers.1: a teacher's name must be"]),
+        ("teachers: {ema_2: {}}\nschedule: {steps: 1}", [], ["teachers.ema_2", "not ema"]),
         (MINIMAL, ["optim.lr=1e-5", "schedule.min_lr=1e-3"], ["must not exceed optim.lr"]),
     ],
 )
@@ -78,6 +93,32 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, overrides: list[str],
     assert "\n" not in message
     for part in expected:
         assert part in message
+
+
+def test_several_teachers_are_sections_by_name(tmp_path: Path) -> None:
+    settings = config.load(recipe(tmp_path, TWO), ["teachers.clip.args.depth=3", "teachers.dino.dtype=bfloat16"])
+    assert settings.teachers["clip"].args == {"depth": 3}
+    assert (settings.teachers["dino"].dtype, settings.teachers["dino"].weight) == ("bfloat16", 2.0)
+    other = config.load(recipe(tmp_path, config.dump(settings)))
+    assert other == settings
+    turned = dataclasses.replace(settings, teachers=dict(reversed(settings.teachers.items())))
+    assert list(config.teachers_of(turned)) == ["clip", "dino"]
+    assert config.trajectory(turned) == config.trajectory(settings)
+    keys = config.trajectory(settings).keys()
+    assert {"teachers.clip.source", "teachers.dino.source", "teachers.dino.weight"} <= keys
+    assert not keys & {"teacher.source", "teachers.clip.weight", "teachers.clip.weights", "objective.whiten_samples"}
+    assert config.key_of("clip") == "teachers.clip"
+
+
+def test_one_teacher_has_the_keys_of_old_runs(tmp_path: Path) -> None:
+    """Those of before there could be several, unless one of the new keys is used."""
+    old = {"source", "args", "image_size", "feature", "mean", "std", "dtype", "resample"}
+    settings = config.load(recipe(tmp_path, MINIMAL))
+    assert list(config.teachers_of(settings)) == [""]
+    kept = {key for key in config.trajectory(settings) if key.startswith(("teacher", "objective."))}
+    assert kept == {*(f"teacher.{key}" for key in old), "objective.beta"}
+    used = config.trajectory(config.load(recipe(tmp_path, MINIMAL), ["teacher.whiten=phi_s", "teacher.weight=2"]))
+    assert used.keys() - kept >= {"teacher.whiten", "teacher.weight", "objective.whiten_samples"}
 
 
 def test_recipes_are_found_or_named() -> None:

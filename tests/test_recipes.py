@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdscale import config, student
+from fdscale import config, keys, student
 from fdscale.assemble import build_student
 from fdscale.catalog import parameters
 from fdscale.distill import distill
@@ -27,6 +27,7 @@ from fdscale.student import backbone
 # Backbone parameters. SwinV2-B and G as verified against the official model; ViT with one shared position table and
 # without k bias: 12 (or 24) blocks of 12 C^2 + 14 C, patch and cls embedding, final norm and the table.
 COUNTS = {
+    "clip_dino_vit_base": 85_665_360,
     "clip_vit_base_100": 85_665_360,
     "clip_vit_base_300": 85_665_360,
     "clip_vit_large_300": 302_955_584,
@@ -69,16 +70,20 @@ def distilled(name: str) -> str:
     return re.sub(r"(_22k|_336)?_finetune$", "", name)
 
 
-def weightless(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> Teacher:
-    """The teacher of a recipe as its adapter builds it for a weight file, on the meta device and with no weights."""
+def weightless(settings: config.Config, monkeypatch: pytest.MonkeyPatch) -> dict[str, Teacher]:
+    """The teachers of a recipe as adapters build them for weight files, on the meta device and with no weights."""
     monkeypatch.setattr(teachers.convert, "read", lambda *_: {})
     monkeypatch.setattr(teachers.convert, "load", lambda *_, **__: None)
     monkeypatch.setattr(teachers, "_load_timm", lambda *_: None)
     monkeypatch.setattr(frozen, "_hash_weights", lambda *_: "")
-    arguments = dataclasses.asdict(settings.teacher)
-    del arguments["resample"]
-    with torch.device("meta"):
-        return teachers.load_teacher(**{**arguments, "weights": "a file"})
+    found = {}
+    for name, section in config.teachers_of(settings).items():
+        arguments = {**dataclasses.asdict(section), "weights": "a file"}
+        for key in ("resample", "weight", "whiten"):
+            del arguments[key]
+        with torch.device("meta"):
+            found[name] = teachers.load_teacher(**arguments)
+    return found
 
 
 def vit_count(width: int, depth: int, patch: int, heads: int, grid: int) -> int:
@@ -183,12 +188,14 @@ def test_swinv2_g_is_fine_tuned_as_in_its_paper() -> None:
 @pytest.mark.parametrize("name", COUNTS)
 def test_the_teacher_is_known_and_its_tokens_meet_the_students(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = config.load(name)
-    teacher = weightless(settings, monkeypatch)
-    pairing, module = build_student(settings, teacher)
-    assert module.projector.weight.shape[0] == teacher.width
-    assert (pairing.student_grid == pairing.teacher_grid) or settings.teacher.resample
+    known = weightless(settings, monkeypatch)
+    pairings, module = build_student(settings, known)
+    for one, pairing in pairings.items():
+        assert module.projectors[one].weight.shape[0] == known[one].width
+        assert (pairing.student_grid == pairing.teacher_grid) or settings.teacher.resample
     if name not in GIANTS:
         return
+    teacher, pairing = known[""], pairings[""]
     student_side, teacher_side, resample, width, gmacs = GIANTS[name]
     assert pairing.student_grid == (student_side, student_side)
     assert pairing.teacher_grid == (teacher_side, teacher_side)
@@ -215,13 +222,22 @@ def test_the_cost_in_the_header_is_that_of_the_recipe(name: str, monkeypatch: py
     size = (settings.data.image_size,) * 2
     network = backbone(settings)
     forward = 2 * network.flops(size)
-    teacher = 0 if name in FINETUNED else 2 * weightless(settings, monkeypatch).flops(size)
+    known = {} if name in FINETUNED else weightless(settings, monkeypatch)
+    teacher = 2 * sum(one.flops(size) for one in known.values())
     again = forward if settings.memory.checkpoint == ("torch",) else 0
     wanted = 3 * forward + teacher + again
     assert per_image * 1e12 == pytest.approx(wanted, rel=0.06)
     assert sum(dataclasses.astuple(student.work_per_image(settings, network, teacher // 2))) == wanted
     assert total == pytest.approx(wanted * steps * settings.optim.batch_size, rel=0.06)
     assert days == pytest.approx(wanted * steps * settings.optim.batch_size / (0.4 * 312e12 * 86400), rel=0.06, abs=0.5)
+
+
+def test_two_teachers_of_one_student() -> None:
+    """Each as where it teaches alone; the losses have equal weights, which sum up to 1."""
+    both, clip, dino = (config.load(name) for name in ("clip_dino_vit_base", "clip_vit_base_300", "dino_vit_base_300"))
+    alone = {"clip": clip.teacher, "dino": dino.teacher}
+    assert both.teachers == {name: dataclasses.replace(one, weight=0.5) for name, one in alone.items()}
+    assert dataclasses.replace(both, teachers={}, teacher=clip.teacher) == clip
 
 
 @pytest.mark.parametrize("name", GIANTS)
@@ -274,6 +290,7 @@ SMALL_PAIR = {
     "teacher_size": 56,
 }
 SHRINK: dict[str, dict] = {
+    "clip_dino_vit_base": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
     "clip_vit_base_100": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
     "clip_vit_base_300": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 32},
     "clip_vit_large_300": {"student": SMALL_VIT, "teacher": SMALL_VIT, "image_size": 28},
@@ -342,15 +359,17 @@ def test_a_tiny_variant_takes_two_real_steps(name: str, shards: Path, tmp_path: 
     settings, small = config.load(name), SHRINK[name]
     change = dataclasses.replace
     image = {"img_size": small["image_size"]} if settings.student.model == "vit" else {}
-    teacher_args = {**settings.teacher.args, **small["teacher"], **image}
-    if settings.teacher.source.startswith("timm:swin"):
-        teacher_args["img_size"] = small["image_size"]
+    image |= {"img_size": small["image_size"]} if settings.teacher.source.startswith("timm:swin") else {}
+
+    def shrunk(teacher: keys.Teacher) -> keys.Teacher:
+        args = {**teacher.args, **small["teacher"], **image}
+        return change(teacher, args=args, weights="random", key=None, image_size=small.get("teacher_size"))
+
     settings = change(
         settings,
         student=change(settings.student, args={**settings.student.args, **small["student"]}),
-        teacher=change(
-            settings.teacher, args=teacher_args, weights="random", key=None, image_size=small.get("teacher_size")
-        ),
+        teacher=settings.teacher if settings.teachers else shrunk(settings.teacher),
+        teachers={name: shrunk(teacher) for name, teacher in settings.teachers.items()},
         data=change(settings.data, shards=str(shards), image_size=small["image_size"], workers=0),
         optim=change(settings.optim, batch_size=4),
         schedule=change(settings.schedule, steps=2, epochs=None, warmup_steps=1, warmup_epochs=None),

@@ -1,4 +1,4 @@
-"""Two real teachers for one student: the sum of losses, killed and resumed, on other ranks and stages, replayed, planned.
+"""Two real teachers for one student: the weighted sum, killed and resumed, other ranks and stages, replayed, planned.
 
 The networks are EfficientNet-Lite0 and Lite1 as trained on ImageNet; augmentation and drop path are on.
 """

@@ -78,3 +78,15 @@ def test_the_fate_of_each_step_is_told_once() -> None:
 
 def test_no_peak_without_a_known_gpu() -> None:
     assert peak_flops(torch.float32) is None
+
+
+def test_what_a_loss_is_summed_from_is_averaged_by_name() -> None:
+    meter = Meter(8, WORK, None)
+    for value in (1.0, 2.0, 6.0):
+        meter.add(torch.tensor(3 * value), {"a": torch.tensor(value), "b": torch.tensor(2 * value)})
+        meter.end_step(applied=True)
+    record = meter.read(engine())
+    assert (record["loss"], record["loss_a"], record["loss_b"]) == (9.0, 3.0, 6.0)
+    meter.add(torch.tensor(1.0))
+    meter.end_step(applied=True)
+    assert "loss_a" not in meter.read(engine())
