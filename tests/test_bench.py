@@ -98,6 +98,7 @@ def test_bench_fused_measures_every_way(tmp_path: Path) -> None:
         assert all(len(taken) == 1 and taken[0] > 0 for taken in found["seconds"].values())
 
 
+@pytest.mark.slow
 def test_bench_policies_measures_every_policy(tmp_path: Path) -> None:
     done = run_cli("bench", "policies", "--quick", "--threads", "1", "--json", tmp_path / "policies.json")
     assert done.returncode == 0, done.stderr
