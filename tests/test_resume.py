@@ -39,8 +39,9 @@ def ds_file(folder: Path, stage: int, bf16: bool = False) -> Path:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Loss by step; a later line for a step replaces an earlier one."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Loss by step; a later line for a step replaces an earlier one, and one that is being written does not count."""
+    lines = (run / "metrics.jsonl").read_text().split("\n")
+    records = [json.loads(line) for line in lines[:-1]]
     return {
         record["step"]: (record["loss"], record["grad_norm"], record["lr"]) for record in records if "loss" in record
     }
