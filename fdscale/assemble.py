@@ -91,6 +91,8 @@ def build_teacher(settings: config.Config, name: str = "", shapes_only: bool = F
     if teacher.is_ours and not shapes_only:
         wanted = settings.memory.kernels
         memory.compute_by(teacher.network, attention.choose(wanted, dist.device()), check.fuses(wanted, dist.device()))
+    if "teacher" in settings.memory.compile and not shapes_only:
+        teacher.compile()
     return teacher
 
 

@@ -239,6 +239,13 @@ class Memory:
         choices=("auto", "reference", "torch", "triton", "cuda"),
         neutral=True,
     )
+    compile: tuple[str, ...] = option(
+        ("none",),
+        "what torch.compile compiles, for up to minutes at first use: none, or one or both of student (each of its "
+        "blocks, under every ZeRO stage) and teacher",
+        choices=("none", "student", "teacher"),
+        neutral=True,
+    )
 
 
 @dataclass(frozen=True)

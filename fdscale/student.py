@@ -45,7 +45,7 @@ def build(settings: config.Config) -> Any:
     policy = settings.memory
     kernels = attention.choose(policy.kernels, dist.device())
     fused = check.fuses(policy.kernels, dist.device())
-    memory.apply(student, policy.checkpoint, policy.attention_chunk, kernels, fused)
+    memory.apply(student, policy.checkpoint, policy.attention_chunk, kernels, fused, "student" in policy.compile)
     return student
 
 

@@ -8,6 +8,7 @@ not change, since everything random in it (drop path) comes in as a tensor argum
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fdscale import UserError, dist
+
+COMPILES = ("none", "torch", "deepspeed")  # kinds of checkpointing that go with torch.compile
 
 
 def per_stage(values: Sequence[Any], depths: Sequence[int], key: str) -> list[Any]:
@@ -35,6 +38,7 @@ def apply(
     attention_chunk: Sequence[int] = (0,),
     kernels: str = "reference",
     fused: bool = False,
+    compiled: bool = False,
 ) -> None:
     """Set all policies on every block.
 
@@ -42,6 +46,7 @@ def apply(
     but the first keep a block's inputs alone, and selective what came of its attention, too. attention_chunk:
     windows (SwinV2) or heads (ViT) whose attention is computed at a time, each chunk recomputed in backward; 0: all.
     kernels: what computes window attention, a name of kernels.attention. fused: take the fused norms on a GPU.
+    compiled: by torch.compile, each block as one graph. Raises UserError where a policy does not go with that.
     """
     kinds = per_stage(checkpoint, backbone.depths, "memory.checkpoint")
     chunks = per_stage(attention_chunk, backbone.depths, "memory.attention_chunk")
@@ -50,6 +55,8 @@ def apply(
         for module in block.modules():
             if hasattr(module, "attention_chunk"):
                 module.attention_chunk = chunk
+        if compiled:
+            _compile(block, kind)
         if kind != "none":
             block.forward = _checkpointed(kind, block)
 
@@ -71,6 +78,28 @@ def agree_on_kernels(module: nn.Module) -> None:
             for name, plain in (("kernels", "reference"), ("fused", False)):
                 if hasattr(part, name):
                     setattr(part, name, plain)
+
+
+def _compile(block: nn.Module, kind: str) -> None:
+    """Compile a block's forward, inside of its checkpointing; ZeRO 3 then gathers the block's weights at once."""
+    if kind not in COMPILES:
+        raise UserError(
+            f"memory.compile names student, and memory.checkpoint {kind}, which does not go with that: it needs to see "
+            f"the ops, or the class, of a block; take one of {', '.join(COMPILES)}"
+        )
+    # Blocks share their code, which is compiled anew for each width, shift and batch: more often than torch expects.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 128)
+    torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 512)
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")  # of constants
+    block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
+    _gather_whole(block)
+
+
+def _gather_whole(block: nn.Module) -> None:
+    """Keep DeepSpeed from gathering the weights of a block's parts one by one, in the middle of a compiled graph."""
+    from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+
+    set_z3_leaf_module(block, True)
 
 
 def _checkpointed(kind: str, block: nn.Module) -> Callable[..., Any]:

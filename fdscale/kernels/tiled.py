@@ -232,7 +232,8 @@ def backward(
         qkv, grad, lse = tiles.pad(qkv), tiles.pad(grad), lse.permute(0, 2, 3, 1).contiguous()
         scale = logit_scale.to(wide).clamp(max=MAX_LOGIT_SCALE).exp().view(-1, 1, 1)
         d_qkv = qkv.new_empty(tiles.batch, math.prod(tiles.size), 3, tiles.heads, tiles.dim)
-        d_table, d_scale = torch.zeros_like(table, dtype=wide), torch.empty_like(logit_scale, dtype=wide)
+        # contiguous, as the op says, whatever the order of the table in memory
+        d_table, d_scale = table.new_zeros(table.shape, dtype=wide), logit_scale.new_empty(len(table), dtype=wide)
         for heads in tiles.head_groups():
             qkv_heads = tiles.take(qkv, heads, 3, wide)
             grad_heads, lse_heads = tiles.take(grad, heads, 1, wide)[0], tiles.take(lse, heads, 1, wide)[0]

@@ -54,7 +54,7 @@ class Teacher:
         self.source, self.image_size, self.dtype = source, image_size, dtype
         self.prefix = tuple(parts.prefix)
         self.network = parts.network.requires_grad_(False).eval()
-        self._parts = parts
+        self._parts, self._forward = parts, parts.forward
         self._mean = torch.tensor(parts.mean, dtype=torch.float32).view(1, 3, 1, 1)
         self._std = torch.tensor(parts.std, dtype=torch.float32).view(1, 3, 1, 1)
         self._dry_runs: dict[tuple[int, int], tuple[torch.Size, int]] = {}
@@ -82,7 +82,7 @@ class Teacher:
             images = F.interpolate(images, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
         images = (images - self._mean) / self._std
         with _precision(images.device, self.dtype):
-            output = self._parts.forward(self.network, images)
+            output = self._forward(self.network, images)
         if output.ndim == 4:
             output = output.flatten(2).transpose(1, 2)  # (B, C, h, w) -> (B, h * w, C)
         return output.float()
@@ -95,6 +95,10 @@ class Teacher:
     def train(self, mode: bool = True) -> Teacher:
         """Does nothing: a teacher stays in eval mode."""
         return self
+
+    def compile(self) -> None:
+        """Let torch.compile compile the forward, at the first call and for each size of batch."""
+        self._forward = torch.compile(self._parts.forward, dynamic=False)
 
     def to(self, device: torch.device | str) -> Teacher:
         """Moves the teacher, in place.
