@@ -62,6 +62,7 @@ setup(
     extras_require={
         # NVIDIA's apex is not on PyPI (that name is another program there); `fdscale doctor` says how to get it.
         "fairscale": ["fairscale>=0.4.13"],
+        "fp8": ["torchao>=0.14"],  # of a release that knows the installed torch
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # http, https and pipe need nothing; gs:// needs gcsfs

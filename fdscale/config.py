@@ -261,6 +261,8 @@ def trajectory(config: Config) -> dict[str, Any]:
     excluded = {"student.weights", "classify.head", "teacher.weights"}
     if config.cache.epochs is None:
         excluded |= {"cache.epochs", "cache.dtype"}
+    if config.student.linear == "same":
+        excluded |= {"student.linear"}
     teachers = teachers_of(config)
     if all(teacher.whiten != "phi_s" for teacher in teachers.values()):
         excluded |= {"objective.whiten_samples"}

@@ -18,7 +18,7 @@ from torch import Tensor
 from fdscale import UserError, config, dist
 from fdscale.data import jpeg
 from fdscale.engine import checkpoint, memory
-from fdscale.engine.ds_config import bf16, check_checkpointing
+from fdscale.engine.ds_config import bf16, check_checkpointing, check_linear
 from fdscale.engine.guard import Detours, Guard
 from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
 from fdscale.engine.metrics import Meter, Work, peak_flops
@@ -95,6 +95,7 @@ def run_job(
     clock.mark("import")
     task = build()
     check_checkpointing(ds_config, task.inputs.settings.memory.checkpoint)
+    check_linear(ds_config, task.inputs.settings.student.linear)
     clock.mark("build")
     dist.init()
     memory.agree_on_kernels(task.module)

@@ -26,6 +26,12 @@ class Student:
         "students are",
     )
     seed: int = option(0, "seed of initial weights and drop path", low=0, high=2**63 - 1)
+    linear: str = option(
+        "same",
+        "products of the linear layers of its blocks: same, in the engine's precision, or fp8, in 8 bits with a scale "
+        "for each tensor (torchao), for GPUs from H100 on and bf16 engines",
+        choices=("same", "fp8"),
+    )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdscale import UserError, config, dist
-from fdscale.engine import checkpoint, memory
+from fdscale.engine import checkpoint, fp8, memory
 from fdscale.engine.contents import Damaged
 from fdscale.engine.metrics import Work
 from fdscale.engine.reader import Reader
@@ -42,6 +42,8 @@ def build(settings: config.Config) -> Any:
     """
     student = backbone(settings)
     student.drop_path_seed = settings.student.seed
+    if settings.student.linear == "fp8":
+        fp8.convert(student.blocks(), dist.device())
     policy = settings.memory
     kernels = attention.choose(policy.kernels, dist.device())
     fused = check.fuses(policy.kernels, dist.device())
@@ -65,6 +67,8 @@ def about_kernels(backbone: Any) -> list[str]:
                 f"(window{'s' * (len(stages) > 1)} {windows})"
             )
         lines.append(f"window attention: {', '.join(parts)}")
+    if emulated := fp8.describe(backbone):
+        lines.append(emulated)
     if norms := [module for module in backbone.modules() if isinstance(module, ResidualNorm)]:
         lines.append(f"residual and norm: {by(norms[0].fused)}")
     return lines

@@ -75,6 +75,7 @@ HOMES = {  # package -> files that may import it
     "open_clip": ("models/teachers.py",),
     "matplotlib": ("diagnose/plots.py",),
     "fairscale": ("engine/memory.py",),
+    "torchao": ("engine/fp8.py",),
     "webdataset": ("data/", "bench/"),
 }
 

@@ -237,6 +237,14 @@ def check_checkpointing(ds: dict[str, Any], kinds: Iterable[str]) -> None:
         )
 
 
+def check_linear(ds: dict[str, Any], linear: str) -> None:
+    """Raise UserError where a ds_config does not suit `student.linear`."""
+    if linear == "fp8" and not bf16(ds):
+        raise UserError(
+            "student.linear=fp8 needs a ds_config with bf16 enabled: its products give bfloat16; see ds_configs/"
+        )
+
+
 def stage(ds: dict[str, Any]) -> int:
     """ZeRO stage of a ds_config."""
     return int(ds.get("zero_optimization", {}).get("stage", 0))

@@ -93,6 +93,11 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+def biased(linear: nn.Linear, x: Tensor, bias: Tensor) -> Tensor:
+    """A linear layer without a bias of its own, and this one; what replaced it in other precision does its product."""
+    return F.linear(x, linear.weight, bias) if type(linear) is nn.Linear else linear(x) + bias.to(x.dtype)
+
+
 def qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:
     """(3C,) bias of the joint projection of q, k, v. The keys have none, in BEiT as in SwinV2."""
     return torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))

@@ -24,6 +24,7 @@ from fdscale.models.layers import (
     Mlp,
     PatchEmbed,
     ResidualNorm,
+    biased,
     block_masks,
     initialise_unless_meta,
     pair,
@@ -65,7 +66,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = F.linear(x, self.qkv.weight, qkv_bias(self.q_bias, self.v_bias))  # B H W 3C
+        qkv = biased(self.qkv, x, qkv_bias(self.q_bias, self.v_bias))  # B H W 3C
         table = continuous_bias_table(self.cpb_mlp, self.window, self.pretrained_window, x.device)
         shift = self.shift(x.shape[1], x.shape[2])
         how = {"by": self.kernels, "chunk": self.attention_chunk}

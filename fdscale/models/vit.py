@@ -26,6 +26,7 @@ from fdscale.models.layers import (
     Mlp,
     PatchEmbed,
     add_branch,
+    biased,
     block_masks,
     initialise_unless_meta,
     pair,
@@ -53,7 +54,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        qkv = F.linear(x, self.qkv.weight, qkv_bias(self.q_bias, self.v_bias))  # B N 3C
+        qkv = biased(self.qkv, x, qkv_bias(self.q_bias, self.v_bias))  # B N 3C
         q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B h N d each
         if self.relative_position_bias_table is not None:
             bias = relative_bias(self.relative_position_bias_table, self.grid)

@@ -13,7 +13,15 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fdscale import config
-from fdscale.engine.ds_config import accumulation, bf16, check_checkpointing, check_world, offloaded, stage
+from fdscale.engine.ds_config import (
+    accumulation,
+    bf16,
+    check_checkpointing,
+    check_linear,
+    check_world,
+    offloaded,
+    stage,
+)
 from fdscale.plan.shapes import Networks
 
 GIB = 2**30
@@ -119,6 +127,7 @@ def estimate(setup: Setup, networks: Networks) -> Memory:
     setup.accumulation  # noqa: B018  it raises
     check_world(setup.ds, setup.world)
     check_checkpointing(setup.ds, setup.settings.memory.checkpoint)
+    check_linear(setup.ds, setup.settings.student.linear)
     settings, n = setup.settings, networks.parameters
     found, notes = networks.activations(setup.dtype), []
     teacher = networks.teacher_peak()

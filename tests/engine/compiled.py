@@ -25,6 +25,7 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "swin zero3 chunked": (("memory.attention_chunk=[1, 0]",), {"zero_optimization": {"stage": 3, **PARTS}}),
     "swin zero3 checkpointed": (("memory.checkpoint=[torch]",), {"zero_optimization": {"stage": 3, **PARTS}}),
     "swin zero3 kernels": (("memory.kernels=torch",), {"zero_optimization": {"stage": 3, **PARTS}}),
+    "swin zero3 fp8 bf16": (("student.linear=fp8",), {"zero_optimization": {"stage": 3, **PARTS}, **BF16}),
     "vit zero1": (VIT, {"zero_optimization": {"stage": 1}}),
     "vit zero3 bf16 checkpointed": (
         (*VIT, "memory.checkpoint=[deepspeed]"),
