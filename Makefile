@@ -54,7 +54,7 @@ bench: $(STAMP) ## measure data loading, attention, a training step and saving a
 	$(BIN)/fdscale bench workers
 	$(BIN)/fdscale bench shuffle
 	$(BIN)/fdscale bench attention
-	$(BIN)/fdscale bench step
+	$(BIN)/fdscale bench loop
 	$(BIN)/fdscale bench checkpoint
 	$(BIN)/fdscale bench policies
 

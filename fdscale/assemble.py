@@ -47,12 +47,15 @@ class Parts:
         return self.inputs.settings
 
 
-def assemble(settings: config.Config, world: int) -> Parts:
-    """Check and build everything that needs no process group; raises UserError before anything is written."""
+def assemble(settings: config.Config, world: int, teachers: dict[str, Teacher] | None = None) -> Parts:
+    """Check and build everything that needs no process group; raises UserError before anything is written.
+
+    teachers: those of the config, where they are built already.
+    """
     config.check_verb(settings, "distill")
     inputs = open_inputs(settings, world)
     settings = inputs.settings
-    teachers = build_teachers(settings)
+    teachers = teachers or build_teachers(settings)
     parts = Parts(inputs, teachers, *build_student(settings, teachers), cached={})
     folder = settings.cache.features
     if folder is None:
@@ -88,12 +91,18 @@ def build_teacher(settings: config.Config, name: str = "", shapes_only: bool = F
             std=of.std,
             shapes_only=shapes_only,
         )
-    if teacher.is_ours and not shapes_only:
+    if not shapes_only:
+        let_compute(teacher, settings)
+    return teacher
+
+
+def let_compute(teacher: Teacher, settings: config.Config) -> None:
+    """Give a teacher the kernels and the compiling of the section `memory`. Raises UserError as `build_teacher`."""
+    if teacher.is_ours:
         wanted = settings.memory.kernels
         memory.compute_by(teacher.network, attention.choose(wanted, dist.device()), check.fuses(wanted, dist.device()))
-    if "teacher" in settings.memory.compile and not shapes_only:
+    if "teacher" in settings.memory.compile:
         teacher.compile()
-    return teacher
 
 
 @contextlib.contextmanager

@@ -5,14 +5,16 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run_cli
+from helpers import run_cli, sets
 from PIL import Image
+from test_resume import ds_file
 
-from fdscale import cli
-from fdscale.bench import attention
+from fdscale import UserError, cli, config, student
+from fdscale.bench import attention, peers, step
 from fdscale.bench.data import in_turns, photographs, ratio
 
 DECODE = {"PIL + torchvision", "exact", "scaled", "pillow"}
@@ -54,11 +56,74 @@ def test_bench_workers_measures_every_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bench_step_runs_through_the_real_loop(tmp_path: Path) -> None:
-    done = run_cli("bench", "step", "--rounds", "2", "--batch", "1", "--threads", "1", "--json", tmp_path / "step.json")
+def test_bench_loop_runs_through_the_real_loop(tmp_path: Path) -> None:
+    done = run_cli("bench", "loop", "--rounds", "2", "--batch", "1", "--threads", "1", "--json", tmp_path / "loop.json")
     assert done.returncode == 0, done.stderr
-    seconds = json.loads((tmp_path / "step.json").read_text())["seconds"]["wall"]
+    seconds = json.loads((tmp_path / "loop.json").read_text())["seconds"]["wall"]
     assert {name: len(taken) for name, taken in seconds.items()} == {"timm": 2, "ours": 2, "fdscale": 2}
+
+
+SMALL = (
+    "student.args={embed_dim: 16, depths: [2, 2], num_heads: [1, 2], window_size: 4, pretrained_window_sizes: [0, 0]}",
+    "data.image_size=32",
+    "data.workers=1",
+    "memory.micro_batch=2",
+    "memory.checkpoint=[torch]",
+    "log.every=1",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "against"), [(1, "official"), (2, "timm")])
+def test_bench_step_says_where_the_time_of_a_recipe_goes(tmp_path: Path, ranks: int, against: str) -> None:
+    ds = ds_file(tmp_path, 3, bf16=True)
+    words = ("bench", "step", "demo", "--rounds", "2", "--threads", "1", "--accumulate", "2", "--ds", ds)
+    more = ("--against", against, "--json", tmp_path / "step.json", *sets(*SMALL))
+    done = run_cli(*words, *more, ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert result["batch"] == 2 * 2 * ranks
+    assert set(result["ways"]) == {"fdscale", against}
+    for way in result["ways"].values():
+        assert len(way["seconds"]) == len(way["parts"]) == 2
+        for taken, parts in zip(way["seconds"], way["parts"], strict=True):
+            assert sum(parts.values()) < 20 * taken
+            assert all(seconds > 0 for seconds in parts.values())
+    told = result["communication"]
+    assert 0 < told["communication_s"] < told["step_s"] if ranks > 1 else told is None
+    assert done.stdout.count(f"| {against} |") == 2
+    assert ("Ranks communicate for" in done.stdout) == (ranks > 1)
+
+
+@pytest.mark.slow
+def test_bench_step_takes_recipes_of_fine_tuning_and_a_teacher_of_ours(tmp_path: Path) -> None:
+    small = ("student.args={patch_size: 8, embed_dim: 24, depth: 2, num_heads: 2}", "data.image_size=32")
+    words = ("--rounds", "1", "--threads", "1", "--json", tmp_path / "step.json")
+    more = sets(*small, "memory.micro_batch=4", "data.workers=1")
+    done = run_cli("bench", "step", "deit_vit_base_300_finetune", *words, *more)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "step.json").read_text())["ways"]) == {"fdscale", "timm"}
+    args = "{embed_dim: 16, depths: [2, 2], num_heads: [1, 2], window_size: 4, pretrained_window_sizes: [0, 0]}"
+    ours = (f"student.args={args}", f"teacher.args={args}", "teacher.dtype=float32", "data.workers=1")
+    done = run_cli("bench", "step", "swinv2_g", *words, *sets(*ours, "data.image_size=32", "memory.micro_batch=2"))
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "step.json").read_text())["ways"]) == {"fdscale", "official"}
+
+
+def test_timm_has_the_same_student() -> None:
+    for recipe in ("clip_vit_base_300", "clip_vit_base_300_finetune", "esvit_swinv2_base_300"):
+        settings = config.load(recipe)
+        with torch.device("meta"):
+            theirs = peers.TimmBackbone(settings)
+            ours = student.backbone(settings)
+        assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+        assert theirs.width == ours.width
+
+
+def test_what_cannot_be_compared_is_refused() -> None:
+    with pytest.raises(UserError, match="--against official is for students with window attention"):
+        step.chosen("official", SimpleNamespace(module=torch.nn.Linear(1, 1)))
+    assert step.union([(5, 7), (0, 2), (1, 3)]) == [(0, 3), (5, 7)]
 
 
 @pytest.mark.slow
@@ -117,7 +182,7 @@ def test_where_the_figures_go_is_asked_before_anything_is_measured(
 ) -> None:
     for place in (tmp_path / "missing" / "step.json", tmp_path):
         with pytest.raises(SystemExit, match="2"):
-            cli.main(["bench", "step", "--json", str(place)])
+            cli.main(["bench", "loop", "--json", str(place)])
         assert f"'{place}' cannot be written: expected a file in a directory that exists" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fdscale.verbs import new_file, verb
+from fdscale.verbs import new_file, settings, verb
 
 
 def add(verbs: argparse._SubParsersAction) -> None:
@@ -18,6 +18,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     _fused(tables)
     _shuffle(tables)
     _step(tables)
+    _loop(tables)
     _checkpoint(tables)
     _policies(tables)
 
@@ -75,8 +76,23 @@ def _shuffle(tables: argparse._SubParsersAction) -> None:
 
 
 def _step(tables: argparse._SubParsersAction) -> None:
-    text = "measure a training step against timm in a plain loop"
-    sub = verb(tables, "step", "fdscale.bench.step:main", text, "fdscale bench step --json step.json")
+    text = "measure the training step of a recipe, its parts, and the same by official code or timm"
+    example = "fdscale bench step swinv2_g --ds ds_configs/swinv2_g_141g.json --json step.json"
+    sub = verb(tables, "step", "fdscale.bench.step:main", text, example)
+    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    settings(sub)
+    sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
+    other = "what to compare with (default: official for window attention, else timm)"
+    sub.add_argument("--against", default="auto", choices=("auto", "official", "timm", "none"), help=other)
+    sub.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches in a step (default: 1)")
+    _rounds(sub)
+    _threads(sub)
+    _json(sub)
+
+
+def _loop(tables: argparse._SubParsersAction) -> None:
+    text = "measure what the training loop adds to a plain one, and the network against timm's"
+    sub = verb(tables, "loop", "fdscale.bench.loop:main", text, "fdscale bench loop --json loop.json")
     _rounds(sub)
     sub.add_argument("--batch", type=int, default=8, metavar="N", help="images in a batch (default: 8)")
     _threads(sub)

@@ -1,257 +1,375 @@
-"""One distillation step of SwinV2-T, against timm's swinv2_tiny in a plain PyTorch loop.
+"""`fdscale bench step RECIPE`: how fast a recipe trains on this machine, where the time goes, and against what.
 
-    fdscale bench step --rounds 12 --json step.json
+    fdscale bench step swinv2_g --ds ds_configs/swinv2_g_141g.json --json step.json
 
-Three ways of doing the same step (same images, teacher, projector, loss, AdamW, float32, batch) take turns within one
-process, so that whatever else the machine does hits all alike; reported are medians, and the median and quartiles of
-the ratio within a round:
+The job's own parts are measured: its data (or made photographs, where data.shards is not set), teacher, student and
+engine, on one rank or under torchrun or srun on many. A round has a step of every way, in random order; then each way's
+parts, waiting for the GPU between them, which the steps before do not. Weights that are not given are random.
 
-    timm      timm's network in a plain loop
-    ours      fdscale's network in the same plain loop
-    fdscale   fdscale's network under DeepSpeed, through fdscale.train.train, with its metrics, flags and logging
-
-`ours / timm` says what the network costs, `fdscale / ours` what the framework adds. The second is small against the
-noise of a shared machine, so it is also measured in milliseconds on a network with as many parameter tensors, but
-narrow.
+    fdscale    the recipe as it is
+    official   the same modules, nothing compiled or fused, window attention as in microsoft/Swin-Transformer
+    timm       timm's network of the same size under the same ds_config, with timm's checkpointing if the recipe has any
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from PIL import Image
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-from fdscale import config, dist
-from fdscale.bench.timing import save
-from fdscale.engine.guard import Guard
-from fdscale.engine.initialize import initialize
-from fdscale.engine.metrics import Meter, Work
-from fdscale.engine.room import Room
-from fdscale.engine.saver import Saver
-from fdscale.engine.schedule import cosine
-from fdscale.inputs import normalise
-from fdscale.models import backbone
-from fdscale.models.layers import initial_value
-from fdscale.models.teachers import Teacher, load_teacher
-from fdscale.objective import Distiller, feature_loss, whiten
-from fdscale.run import Run
-from fdscale.train import TrainState, train
+from fdscale import UserError, assemble, config, dist, student
+from fdscale.bench import machine, peers, tables
+from fdscale.bench.timing import ratio, save
+from fdscale.data.shards import make
+from fdscale.distill import Distillation
+from fdscale.engine.ds_config import bf16, check_checkpointing, check_linear
+from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
+from fdscale.engine.metrics import peak_flops
+from fdscale.finetune import Classification
+from fdscale.job import Task
+from fdscale.models.teachers import Teacher
 
-SIZE = 224  # pixels
-SWIN_T = {
-    "img_size": SIZE,
-    "embed_dim": 96,
-    "depths": [2, 2, 6, 2],
-    "num_heads": [3, 6, 12, 24],
-    "window_size": 7,
-    "drop_path_rate": 0.2,
-}
-# As many layers and parameters as SwinV2-T, but narrow: a step is short, so that what the framework adds is seen.
-NARROW = SWIN_T | {"embed_dim": 12, "num_heads": [1, 2, 4, 8]}
-PAIRS = ("ours / timm", "fdscale / ours")
-ADAM: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.05}
+PARTS = ("data", "inputs and teacher", "forward", "backward", "update")
+WARM_UP = 2  # steps of each way: compiling, and the first one's allocations
+SHARDS, PER_SHARD, SIDES = 8, 16, (500, 375)  # made photographs, about as ImageNet's
+COMMUNICATES = ("nccl", "gloo:", "c10d::")  # beginnings, or parts, of names of what a profile shows
+Phases = Callable[[str], AbstractContextManager[None]]
 
 
-class TimmDistiller(nn.Module):
-    """timm's network with the same projector and loss."""
-
-    def __init__(self, teacher_width: int) -> None:
-        super().__init__()
-        import timm
-
-        self.backbone = timm.create_model(
-            "swinv2_tiny_window8_256", img_size=SIZE, window_size=7, num_classes=0, drop_path_rate=0.2
-        )
-        self.projector = nn.Linear(self.backbone.num_features, teacher_width)
-
-    def forward(self, images: Tensor, target: Tensor, numbers: Tensor) -> Tensor:
-        return feature_loss(self.projector(self.backbone.forward_features(images).flatten(1, 2)), whiten(target))
-
-
-def main(rounds: int, batch: int, threads: int | None, json: Path | None) -> int:
-    """Measure, print, and write JSON."""
-    torch.set_num_threads(threads or os.cpu_count() or 1)
-    result = measure(rounds, batch)
-    result |= {"batch": batch, "threads": torch.get_num_threads(), "rounds": rounds, "torch": torch.__version__}
-    print_table(result)
-    if json:
-        save(json, result)
+def main(
+    recipe: str, set: list[str], ds: str | None, against: str, rounds: int, accumulate: int, threads: int | None,
+    json: Path | None,
+) -> int:  # fmt: skip
+    """Measure, print Markdown on rank 0, and write JSON."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler says when it starts and stops
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    prepare_environment()
+    ds_config = read_ds_config(ds)
+    settings = config.load(recipe, set)
+    dist.init()
+    with made_shards(settings) as shards:
+        result = measure(measured(settings, shards, accumulate), ds_config, against, rounds)
+    result |= {"recipe": recipe, "set": set, "ds": ds, "made images": shards is not None}
+    if dist.rank() == 0:
+        print(text(result))
+        if json:
+            save(json, result)
+    dist.close()
     return 0
 
 
-def measure(rounds: int, batch: int) -> dict[str, Any]:
-    """Seconds of every step of all ways."""
-    dist.init()
-    teacher = load_teacher("timm:tf_efficientnet_lite0", weights="random")
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (batch, 3, SIZE, SIZE), dtype=torch.uint8, generator=generator)
+@contextmanager
+def made_shards(settings: config.Config) -> Iterator[str | None]:
+    """Shards of smooth noise in two classes, which each rank makes for itself; None where the recipe has its own."""
+    if settings.data.shards:
+        yield None
+        return
     with tempfile.TemporaryDirectory() as folder:
-        full = {
-            "timm": plain(TimmDistiller(teacher.width), teacher, images),
-            "ours": plain(Distiller(backbone("swin_v2", SWIN_T), teacher.width), teacher, images),
-            "fdscale": framework(SWIN_T, teacher, images, Path(folder) / "full"),
-        }
-        seconds = in_turns(full, rounds)
-        narrow = {
-            "ours": plain(Distiller(backbone("swin_v2", NARROW), teacher.width), teacher, images[:1]),
-            "fdscale": framework(NARROW, teacher, images[:1], Path(folder) / "narrow"),
-        }
-        narrow_s = in_turns(narrow, 10 * rounds)
-    added_s = [b - a for a, b in zip(narrow_s["wall"]["ours"], narrow_s["wall"]["fdscale"], strict=True)]
-    return {
-        "seconds": seconds,
-        "ratios": {
-            clock: {pair: ratio(taken, *pair.split(" / ")) for pair in PAIRS} for clock, taken in seconds.items()
-        },
-        "added_s": dict(zip(("quartile_1", "median", "quartile_3"), statistics.quantiles(added_s, n=4), strict=True)),
+        rng = np.random.default_rng(0)
+        for number in range(SHARDS * PER_SHARD):
+            coarse = rng.integers(0, 256, (SIDES[1] // 8, SIDES[0] // 8, 3), dtype=np.uint8)
+            path = Path(folder) / "in" / str(number % 2) / f"{number:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC).save(path, quality=93)
+        make(Path(folder) / "in", Path(folder) / "shards", samples_per_shard=PER_SHARD)
+        yield f"{folder}/shards"
+
+
+def measured(settings: config.Config, shards: str | None, accumulate: int) -> config.Config:
+    """The config with `accumulate` micro-batches of each rank as its batch, and random weights where none are given."""
+    batch = settings.memory.micro_batch * dist.world() * accumulate
+    data = settings.data
+    if shards is not None:
+        data = dataclasses.replace(data, shards=(shards,), index=None, weights=None)
+    teachers = {
+        name: teacher if teacher.weights or not teacher.source else dataclasses.replace(teacher, weights="random")
+        for name, teacher in (("", settings.teacher), *settings.teachers.items())
     }
-
-
-def in_turns(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by clock and way of every round after a warm-up, the ways in random order within a round."""
-    clocks = {"wall": time.perf_counter, "cpu": time.process_time}
-    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in ways} for clock in clocks}
-    for turn in range(rounds + 1):
-        # Whoever comes after another network finds the caches and the allocator as that one left them.
-        for name in random.Random(turn).sample([*ways], len(ways)):
-            start = {clock: read() for clock, read in clocks.items()}
-            ways[name]()
-            if turn:
-                for clock, read in clocks.items():
-                    seconds[clock][name].append(read() - start[clock])
-    return seconds
-
-
-def prepared(images: Tensor, teacher: Teacher) -> tuple[Tensor, Tensor, Tensor]:
-    """What every step does before the student: decode to float, teacher forward."""
-    floats = images.float() / 255
-    return normalise(floats, torch.float32), teacher(floats), torch.arange(images.shape[0])
-
-
-def plain(module: nn.Module, teacher: Teacher, images: Tensor) -> Callable[[], None]:
-    """A step of a plain PyTorch loop."""
-    module.train()
-    decayed = [p for p in module.parameters() if p.ndim > 1]
-    rest = [p for p in module.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-
-    def step() -> None:
-        loss = module(*prepared(images, teacher))
-        loss.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 3.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss.item()
-
-    return step
-
-
-def framework(args: dict[str, Any], teacher: Teacher, images: Tensor, folder: Path) -> Callable[[], None]:
-    """A step through the loop that `fdscale distill` runs, one log line each."""
-    with torch.device("meta"):
-        module = Distiller(backbone("swin_v2", args), teacher.width)
-    batch = images.shape[0]
-    engine = initialize(
-        module,
-        lambda name, shape: initial_value(module, name, shape, torch.float32, 0),
-        {"zero_optimization": {"stage": 0}},
-        batch_size=batch,
-        micro_batch=batch,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        clip_grad=3.0,
-        layer_decay=1.0,
-        **ADAM,
+    return dataclasses.replace(
+        settings,
+        student=dataclasses.replace(settings.student, weights=None),
+        teacher=teachers.pop(""),
+        teachers=teachers,
+        classify=dataclasses.replace(settings.classify, head="fresh"),
+        data=dataclasses.replace(data, heldout_shards=None, lanes=None),
+        optim=dataclasses.replace(settings.optim, batch_size=batch),
     )
-    settings = config.load("demo", ["log.every=1", "log.tensorboard=false"])
-    run = Run(folder, settings)
-    run.console.quiet = True
-    run.open()
-    turnstile = Turnstile(images)
-
-    def loop() -> None:
-        train(
-            engine,
-            lambda samples: turnstile,
-            lambda batch: prepared(batch, teacher),
-            tuple,
-            TrainState(),
-            run,
-            Meter(batch, Work(0, 0, 0), None),
-            Guard(settings.guard, batch),
-            stop_at=10**9,
-            batch_size=batch,
-            schedule=lambda step: cosine(step, steps=1000, lr=1e-3),
-            saver=Saver(engine, Room(folder, "bench"), run, {}),
-            save=lambda: None,
-            go_back=lambda: False,
-            evaluate=dict,
-            logging=settings.log,
-            saving=settings.save,
-        )
-
-    threading.Thread(target=loop, daemon=True).start()
-    turnstile.arrived.acquire()
-    return turnstile.step
 
 
-class Turnstile:
-    """Batches that let a loop in another thread take one whole step at a time."""
+def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: int) -> dict[str, Any]:
+    """Seconds of steps and of their parts by way, bytes at most, and what of it is communication; a collective."""
+    check_checkpointing(ds, settings.memory.checkpoint)
+    check_linear(ds, settings.student.linear)
+    task: Any = task_of(settings)
+    kind = chosen(against, task)
+    ways = {"fdscale": Way(task, task.module, ds, nullcontext)}
+    task.place()
+    failed: dict[str, str] = {}
+    if kind == "official":
+        ways[kind] = ways["fdscale"].in_context(lambda: peers.eager_and_official(networks_of(task)))
+    elif kind == "timm":
+        with failing(kind, failed):
+            others = lambda: peers.eager_and_official(networks_of(task)[1:])  # noqa: E731  its teacher is eager, too
+            ways[kind] = Way(task, timm_module(settings, task), ds, others)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
+    for turn in range(WARM_UP + rounds):
+        for name in random.Random(turn).sample([*ways], len(ways)):
+            if name in failed:
+                continue
+            with failing(name, failed):
+                taken = ways[name].timed()
+                if turn >= WARM_UP:
+                    seconds[name].append(taken)
+    for name in [name for name in ways if name not in failed]:
+        parts[name] = [ways[name].parts() for _ in range(rounds)]
+    result: dict[str, Any] = {"machine": machine.describe(dist.device()), "ranks": dist.world(), "failed": failed}
+    result |= {"batch": settings.optim.batch_size, "micro_batch": settings.memory.micro_batch, "against": kind}
+    result |= {
+        "about": task.about(),
+        "precision": "bf16" if bf16(ds) else "float32",
+        "threads": torch.get_num_threads(),
+    }
+    work = task.work()
+    result |= {
+        "work": dataclasses.asdict(work),
+        "peak_flops": peak_flops(torch.bfloat16 if bf16(ds) else torch.float32),
+    }
+    result["ways"] = {
+        name: {"seconds": seconds[name], "parts": parts[name], "peak_bytes": ways[name].peak_bytes}
+        for name in ways
+        if name not in failed
+    }
+    result["communication"] = ways["fdscale"].communication() if dist.world() > 1 else None
+    for way in ways.values():
+        way.close()
+    return result
 
-    def __init__(self, images: Tensor) -> None:
-        self._images = images
-        self.arrived, self._enter = threading.Semaphore(0), threading.Semaphore(0)
 
-    def __iter__(self) -> Turnstile:
-        return self
+def task_of(settings: config.Config) -> Task:
+    """The job's own."""
+    if config.task_of(settings) != "distill":
+        return Classification(settings, dist.world())
+    teachers = {name: teacher_of(settings, name) for name in config.teachers_of(settings)}
+    return Distillation(assemble.assemble(settings, dist.world(), teachers))
 
-    def __next__(self) -> Tensor:
-        self.arrived.release()
-        self._enter.acquire()
-        return self._images
+
+def teacher_of(settings: config.Config, name: str) -> Teacher:
+    """The job's own; a random one of this project's networks is filled on the device, in a moment for any size."""
+    of = config.teachers_of(settings)[name]
+    if of.weights != "random" or not of.source.startswith("fdscale:"):
+        return assemble.build_teacher(settings, name)
+    teacher = assemble.build_teacher(settings, name, shapes_only=True)
+    assemble.let_compute(teacher, settings)
+    teacher.network.to_empty(device=dist.device())
+    for parameter in teacher.network.parameters():
+        parameter.normal_(std=0.02)
+    return teacher
+
+
+def networks_of(task: Any) -> list[nn.Module]:
+    """The student, and those teachers that take kernels."""
+    teachers = task.parts.teachers.values() if isinstance(task, Distillation) else ()
+    return [task.module, *(teacher.network for teacher in teachers if teacher.is_ours)]
+
+
+def chosen(against: str, task: Any) -> str:
+    """The other way: by default official for window attention, else timm. Raises UserError where there is no such."""
+    windows = peers.has_window_attention(task.module)
+    if against == "official" and not windows:
+        raise UserError("--against official is for students with window attention; take timm or none")
+    return ("official" if windows else "timm") if against == "auto" else against
+
+
+def timm_module(settings: config.Config, task: Any) -> nn.Module:
+    """The task's module around timm's network."""
+    other = peers.TimmBackbone(settings)
+    if not isinstance(task, Distillation):
+        return student.build_classifier(settings, other)
+    return assemble.join(settings, other, task.parts.teachers)[1]
+
+
+@contextmanager
+def failing(name: str, failed: dict[str, str]) -> Iterator[None]:
+    """Remember why a way that is compared with cannot be measured; ours must."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if name == "fdscale":
+            raise
+        failed[name] = f"out of memory: {str(error).splitlines()[0]}"
+        torch.cuda.empty_cache()
+
+
+class Way:
+    """A module under an engine of its own, its batches, and what holds while it computes."""
+
+    def __init__(self, task: Any, module: nn.Module, ds: dict[str, Any], context: Callable[[], Any]) -> None:
+        self._task, self._context = task, context
+        self._dtype = torch.bfloat16 if bf16(ds) else torch.float32
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        self.engine = engine_of(task.inputs.settings, module, ds, self._dtype)
+        self._held = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else 0
+        self._batches: Generator[Any, None, None] = task.stream(0, 2**40)
+        self.peak_bytes: int | None = None
+
+    def in_context(self, context: Callable[[], Any]) -> Way:
+        """The same modules and engine in another context."""
+        other = object.__new__(Way)
+        other.__dict__.update(self.__dict__, _context=context)
+        return other
+
+    def step(self, phase: Phases) -> None:
+        """One, as `fdscale.train` does it."""
+        engine = self.engine
+        for _ in range(engine.gradient_accumulation_steps()):
+            with phase("data"):
+                batch = next(self._batches)
+            with phase("inputs and teacher"):
+                inputs = self._task.prepare(batch, self._dtype)
+            with phase("forward"):
+                loss = engine(*inputs)
+            with phase("backward"):
+                engine.backward(loss)
+            with phase("update"):
+                engine.step()
+
+    def timed(self) -> float:
+        """Seconds of a step, from and to when the GPU is done."""
+        if torch.cuda.is_available():
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+        with self._context():
+            taken = _seconds(lambda: self.step(lambda _: nullcontext()))
+        if torch.cuda.is_available():
+            added = self._held + torch.cuda.max_memory_allocated() - before
+            self.peak_bytes = max(self.peak_bytes or 0, added)
+        return taken
+
+    def parts(self) -> dict[str, float]:
+        """Seconds of a step's parts, each waited for."""
+        taken = dict.fromkeys(PARTS, 0.0)
+
+        @contextmanager
+        def phase(name: str) -> Iterator[None]:
+            start = time.perf_counter()
+            yield
+            _wait()
+            taken[name] += time.perf_counter() - start
+
+        with self._context():
+            _wait()
+            self.step(phase)
+        return taken
+
+    def communication(self) -> dict[str, float]:
+        """Seconds of one step in which ranks communicate, and those of them in which a GPU does nothing else."""
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+        with self._context(), profile(activities=kinds) as seen:
+            step_s = _seconds(lambda: self.step(lambda _: nullcontext()))
+        on_gpu = torch.autograd.DeviceType.CUDA
+        events = [
+            (event.start_ns(), event.end_ns(), any(part in event.name() for part in COMMUNICATES))
+            for event in seen.profiler.kineto_results.events()
+            if not torch.cuda.is_available() or event.device_type() == on_gpu
+        ]
+        talks = union([(start, end) for start, end, told in events if told])
+        found = {"step_s": step_s, "communication_s": length(talks) / 1e9}
+        if torch.cuda.is_available():
+            computes = union([(start, end) for start, end, told in events if not told])
+            found["exposed_s"] = (length(union([*talks, *computes])) - length(computes)) / 1e9
+        return found
 
     def close(self) -> None:
-        """The loop ends with the process."""
-
-    def step(self) -> None:
-        """From one request for a batch to the next."""
-        self._enter.release()
-        self.arrived.acquire()
+        """Stop the workers."""
+        self._batches.close()
 
 
-def ratio(seconds: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
-    """Median and quartiles of one / other within each round."""
-    within = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
-    low, median, high = statistics.quantiles(within, n=4)
-    return {"median": median, "quartile_1": low, "quartile_3": high}
+def engine_of(settings: config.Config, module: nn.Module, ds: dict[str, Any], dtype: torch.dtype) -> Any:
+    """DeepSpeed's, with weights of small random numbers: time does not depend on them."""
+    optim, some = settings.optim, torch.randn(2**20, generator=torch.Generator().manual_seed(0)) * 0.02
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(dtype) if buffer.is_floating_point() else buffer.data
+
+    def first(name: str, shape: torch.Size) -> torch.Tensor:
+        return some.repeat(-(-shape.numel() // len(some)))[: shape.numel()].view(shape)
+
+    return initialize(
+        module, first, ds, batch_size=optim.batch_size, micro_batch=settings.memory.micro_batch, lr=1e-6,
+        weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, clip_grad=optim.clip_grad,
+        layer_decay=1.0, fused=optim.fused,
+    )  # fmt: skip
 
 
-def print_table(result: dict[str, Any]) -> None:
-    """Markdown tables: wall-clock time, and CPU time of all threads, which other programs disturb less."""
-    machine = f"float32, {result['threads']} CPU threads, torch {result['torch']}"
-    print(f"SwinV2-T, {SIZE} px, batch {result['batch']}, {machine}, {result['rounds']} rounds\n")
-    print("| way | wall s per step: median (least) | CPU s per step: median (least) |\n|---|---|---|")
-    for name in result["seconds"]["wall"]:
-        cells = [result["seconds"][clock][name] for clock in ("wall", "cpu")]
-        print("|".join(["", f" {name} ", *(f" {statistics.median(v):.3f} ({min(v):.3f}) " for v in cells), ""]))
-    print("\n| ratio within a round | wall: median (quartiles) | CPU: median (quartiles) |\n|---|---|---|")
-    for pair in PAIRS:
-        cells = [result["ratios"][clock][pair] for clock in ("wall", "cpu")]
-        form = " {median:.3f} ({quartile_1:.3f} .. {quartile_3:.3f}) "
-        print("|".join(["", f" {pair} ", *(form.format(**cell) for cell in cells), ""]))
-    added, full_s = result["added_s"], statistics.median(result["seconds"]["wall"]["ours"])
-    quartiles = f"{1e3 * added['quartile_1']:.1f} .. {1e3 * added['quartile_3']:.1f}"
-    print(
-        f"\nThe framework adds {1e3 * added['median']:.1f} ms ({quartiles}) to a step of a narrow network with as many"
+def union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint and in order."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(spans: list[tuple[int, int]]) -> int:
+    """Of disjoint spans."""
+    return sum(end - start for start, end in spans)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    _wait()
+    start = time.perf_counter()
+    work()
+    _wait()
+    return time.perf_counter() - start
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def text(result: dict[str, Any]) -> str:
+    """Markdown: the ways, and the parts of a step."""
+    ranks, work, peak = result["ranks"], result["work"], result["peak_flops"]
+    taken = {name: way["seconds"] for name, way in result["ways"].items()}
+    rows, shares = [], []
+    for name, way in result["ways"].items():
+        median = statistics.median(way["seconds"])
+        rate = result["batch"] / median / ranks
+        mfu = f"{100 * rate * (work['student'] + work['teacher']) / peak:.1f} %" if peak else ""
+        memory = f"{way['peak_bytes'] / 2**30:.2f}" if way["peak_bytes"] else ""
+        rows.append((name, f"{median:.3f}", f"{rate:.2f}", mfu, memory, ratio(taken, name, "fdscale")))
+        parts = {part: statistics.median(one[part] for one in way["parts"]) for part in PARTS}
+        whole = sum(parts.values())
+        shares.append((name, f"{whole:.3f}", *(f"{100 * value / whole:.1f} %" for value in parts.values())))
+    told = result["communication"]
+    lines = [f"{name}: {why}" for name, why in result["failed"].items()]
+    if told:
+        hidden = f", {told['exposed_s']:.3f} s of it with nothing beside it" if "exposed_s" in told else ""
+        lines.append(f"Ranks communicate for {told['communication_s']:.3f} s of a step{hidden}.")
+    where = f"{tables.machine(result['machine'])}, {result['threads']} threads, {ranks} rank(s), {result['precision']}"
+    batch = f"batch {result['batch']} in micro-batches of {result['micro_batch']}"
+    images = "made images" if result["made images"] else "its own images"
+    head = f"{result['recipe']} with {', '.join(result['set']) or 'nothing changed'}, {result['ds'] or 'no ds_config'}"
+    return tables.paragraphs(
+        f"{head}: {batch}, {images}. {where}",
+        "\n".join(f"- {line}" for line in result["about"]),
+        tables.table(("way", "s per step", "images/s/GPU", "MFU", "peak, GiB", "takes (quartiles)"), rows),
+        tables.table(("way", "s, parts waited for", *PARTS), shares),
+        "\n".join(lines),
     )
-    print(f"parameter tensors: {added['median'] / full_s:.2%} of the SwinV2-T step of {full_s:.2f} s.")
