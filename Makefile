@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-finetune all test quick faults slurm lint format types bench gpu docs clean help
+.PHONY: demo demo-finetune all test quick faults slurm lint format types bench gpu gpu-giant docs clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -55,6 +55,7 @@ bench: $(STAMP) ## measure data loading, attention, a training step and saving a
 	$(BIN)/fdscale bench shuffle
 	$(BIN)/fdscale bench attention
 	$(BIN)/fdscale bench loop
+	$(BIN)/fdscale bench step demo
 	$(BIN)/fdscale bench checkpoint
 	$(BIN)/fdscale bench policies
 
@@ -64,6 +65,13 @@ gpu: ## check and measure the kernels on this machine's GPU, in nine minutes: gp
 		$(PYTHON) -m fdscale.bench.gpu --out gpu-report; \
 	else \
 		$(MAKE) --no-print-directory $(STAMP) && $(BIN)/python -m fdscale.bench.gpu --out gpu-report; \
+	fi
+
+gpu-giant: ## measure SwinV2-G, 3 billion parameters, on this machine's GPU (80 GB or more): giant-report/giant.md
+	@if $(PYTHON) -c 'import torch, deepspeed' 2>/dev/null; then \
+		$(PYTHON) -m fdscale.bench.giant --out giant-report; \
+	else \
+		$(MAKE) --no-print-directory $(STAMP) && $(BIN)/python -m fdscale.bench.giant --out giant-report; \
 	fi
 
 docs: $(STAMP) ## check that links and commands in the documents hold

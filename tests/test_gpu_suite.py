@@ -16,7 +16,20 @@ import pytest
 import torch
 from helpers import ROOT, outside
 
-from fdscale.bench import attention, baselines, checks, curves, floor, gpu, gpu_report, paths, protocol, tables, timing
+from fdscale.bench import (
+    attention,
+    baselines,
+    checks,
+    curves,
+    floor,
+    giant,
+    gpu,
+    gpu_report,
+    paths,
+    protocol,
+    tables,
+    timing,
+)
 from fdscale.kernels.attention import NAMES
 from fdscale.models.swin_v2 import SIZES, SwinV2
 
@@ -50,6 +63,32 @@ def test_the_whole_suite_on_a_cpu(tmp_path: Path) -> None:
     for title in gpu_report.TITLES.values():
         assert f"\n## {title}\n" in text
     assert "it needs a GPU" in text
+
+
+@pytest.mark.slow
+def test_the_giant_suite_on_a_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "fdscale.bench.giant", "--out", str(tmp_path), "--device", "cpu", "--rounds", "1"]
+    done = subprocess.run(
+        [*command, "--only", "384 px", giant.SAVE], cwd=ROOT, env=outside(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    parts = json.loads((tmp_path / "giant.json").read_text())["parts"]
+    assert set(parts["384 px"]["measured"]["ways"]) == {"fdscale", "official"}
+    assert parts["384 px"]["planned_bytes"] > 0
+    kept = parts[giant.SAVE]
+    assert kept["checkpoint_bytes"] > 12 * 20_000  # master weights and two moments, in float32
+    assert [record["step"] for record in kept["steps"] if record["loss"] is not None] == [1, 2, 3, 4]
+    assert len(kept["starts"]) == 2
+    assert not (tmp_path / "parts" / "run").exists()
+    report = (tmp_path / "giant.md").read_text()
+    assert "\n| 384 px, batch 1 | official |" in report
+    assert "## Save and resume" in report
+
+
+def test_a_part_of_the_giant_suite_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(giant, "RECIPE", "no_such_recipe")
+    assert giant.main(["--out", str(tmp_path), "--device", "cpu", "--only", "192 px"]) == 1
+    assert "no recipe is called 'no_such_recipe'" in (tmp_path / "giant.md").read_text()
 
 
 @pytest.mark.slow

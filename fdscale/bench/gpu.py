@@ -224,8 +224,7 @@ class Suite:
                 return ("done", "") if code == 0 else ("failed", f"exit code {code}")
 
     def _environment(self, name: str) -> dict[str, str]:
-        path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        found = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        found = environment()
         found.pop("PYTEST_ADDOPTS", None)  # may send the tests' own report elsewhere
         if name in ("memcheck", "racecheck"):  # each tensor an allocation of its own, whose bounds are then watched
             found["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
@@ -275,6 +274,12 @@ def why_not_build(device: str) -> str:
 def sanitizer() -> str | None:
     """Where compute-sanitizer is."""
     return shutil.which(SANITIZER, path=os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin")))
+
+
+def environment() -> dict[str, str]:
+    """Of a part's process: this repository's code, whatever is installed."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def run_within(command: list[str], seconds: float, log: Path, environment: dict[str, str]) -> int | None:

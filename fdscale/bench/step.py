@@ -78,14 +78,19 @@ def made_shards(settings: config.Config) -> Iterator[str | None]:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        rng = np.random.default_rng(0)
-        for number in range(SHARDS * PER_SHARD):
-            coarse = rng.integers(0, 256, (SIDES[1] // 8, SIDES[0] // 8, 3), dtype=np.uint8)
-            path = Path(folder) / "in" / str(number % 2) / f"{number:04d}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC).save(path, quality=93)
-        make(Path(folder) / "in", Path(folder) / "shards", samples_per_shard=PER_SHARD)
-        yield f"{folder}/shards"
+        yield make_shards(Path(folder))
+
+
+def make_shards(folder: Path) -> str:
+    """The same in a folder; nothing but where they lie tells two such sets apart."""
+    rng = np.random.default_rng(0)
+    for number in range(SHARDS * PER_SHARD):
+        coarse = rng.integers(0, 256, (SIDES[1] // 8, SIDES[0] // 8, 3), dtype=np.uint8)
+        path = folder / "in" / str(number % 2) / f"{number:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(coarse).resize(SIDES, Image.Resampling.BICUBIC).save(path, quality=93)
+    make(folder / "in", folder / "shards", samples_per_shard=PER_SHARD)
+    return f"{folder}/shards"
 
 
 def measured(settings: config.Config, shards: str | None, accumulate: int) -> config.Config:
