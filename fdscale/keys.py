@@ -226,8 +226,9 @@ class Memory:
     checkpoint: tuple[str, ...] = option(
         ("none",),
         "activation checkpointing of the blocks: none, torch, selective (torch's, without computing attention again), "
-        "deepspeed, fairscale or fairscale_offload; one value, or one per stage",
-        choices=("none", "torch", "selective", "deepspeed", "fairscale", "fairscale_offload"),
+        "deepspeed or fairscale, torch_offload or fairscale_offload, which keep blocks' inputs in host memory; one "
+        "value, or one per stage",
+        choices=("none", "torch", "torch_offload", "selective", "deepspeed", "fairscale", "fairscale_offload"),
         neutral=True,
     )
     attention_chunk: tuple[int, ...] = option(

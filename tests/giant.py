@@ -44,6 +44,7 @@ POLICIES = {
     "none": ("memory.checkpoint=[none]",),
     "torch": ("memory.checkpoint=[torch]",),
     "deepspeed": ("memory.checkpoint=[deepspeed]",),
+    "torch_offload": ("memory.checkpoint=[torch_offload]",),
     "fairscale": ("memory.checkpoint=[fairscale]",),
     "fairscale_offload": ("memory.checkpoint=[fairscale_offload]",),
     "third stage": ("memory.checkpoint=[none, none, torch, none]",),

@@ -91,6 +91,7 @@ def test_bench_step_says_where_the_time_of_a_recipe_goes(tmp_path: Path, ranks: 
             assert all(seconds > 0 for seconds in parts.values())
     told = result["communication"]
     assert 0 < told["communication_s"] < told["step_s"] if ranks > 1 else told is None
+    assert ranks == 1 or told["sent"]["reduce-scatter"][1] > 0
     assert done.stdout.count(f"| {against} |") == 2
     assert ("Ranks communicate for" in done.stdout) == (ranks > 1)
 

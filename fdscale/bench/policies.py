@@ -51,7 +51,7 @@ SMALL = {
     "ViT": ("student.args={patch_size: 8, embed_dim: 32, depth: 2, num_heads: 2}", "data.image_size=32",
             "teacher.args={img_size: 32, patch_size: 8, embed_dim: 24, depth: 1, num_heads: 2}"),
 }  # fmt: skip
-ALL = ("none", "torch", "selective", "deepspeed", "fairscale", "fairscale_offload")
+ALL = ("none", "torch", "torch_offload", "selective", "deepspeed", "fairscale", "fairscale_offload")
 Policy = tuple[str, str, str]  # memory.checkpoint, memory.attention_chunk, memory.kernels
 
 

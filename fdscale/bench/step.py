@@ -33,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from fdscale import UserError, assemble, config, dist, student
 from fdscale.bench import machine, peers, tables
 from fdscale.bench.timing import ratio, save
+from fdscale.bench.traffic import Traffic
 from fdscale.data.shards import make
 from fdscale.distill import Distillation
 from fdscale.engine.ds_config import bf16, check_checkpointing, check_linear
@@ -280,8 +281,10 @@ class Way:
             self.step(phase)
         return taken
 
-    def communication(self) -> dict[str, float]:
-        """Seconds of one step in which ranks communicate, and those of them in which a GPU does nothing else."""
+    def communication(self) -> dict[str, Any]:
+        """Seconds of one step in which ranks communicate, those of them in which a GPU does nothing else, and the
+        collectives of one.
+        """
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         with self._context(), profile(activities=kinds) as seen:
             step_s = _seconds(lambda: self.step(lambda _: nullcontext()))
@@ -292,7 +295,9 @@ class Way:
             if not torch.cuda.is_available() or event.device_type() == on_gpu
         ]
         talks = union([(start, end) for start, end, told in events if told])
-        found = {"step_s": step_s, "communication_s": length(talks) / 1e9}
+        with self._context(), Traffic() as traffic:
+            self.step(lambda _: nullcontext())
+        found = {"step_s": step_s, "communication_s": length(talks) / 1e9, "sent": traffic.of}
         if torch.cuda.is_available():
             computes = union([(start, end) for start, end, told in events if not told])
             found["exposed_s"] = (length(union([*talks, *computes])) - length(computes)) / 1e9
@@ -367,6 +372,8 @@ def text(result: dict[str, Any]) -> str:
     if told:
         hidden = f", {told['exposed_s']:.3f} s of it with nothing beside it" if "exposed_s" in told else ""
         lines.append(f"Ranks communicate for {told['communication_s']:.3f} s of a step{hidden}.")
+        sent = (f"{kind} {size / 1e6:.2f} MB in {calls}" for kind, (calls, size) in sorted(told["sent"].items()))
+        lines.append(f"Collectives of a step, whole tensors and calls: {', '.join(sent)}.")
     where = f"{tables.machine(result['machine'])}, {result['threads']} threads, {ranks} rank(s), {result['precision']}"
     batch = f"batch {result['batch']} in micro-batches of {result['micro_batch']}"
     images = "made images" if result["made images"] else "its own images"

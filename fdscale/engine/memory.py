@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from fdscale import UserError, dist
 
-COMPILES = ("none", "torch", "deepspeed")  # kinds of checkpointing that go with torch.compile
+COMPILES = ("none", "torch", "torch_offload", "deepspeed")  # kinds of checkpointing that go with torch.compile
 
 
 def per_stage(values: Sequence[Any], depths: Sequence[int], key: str) -> list[Any]:
@@ -42,8 +42,9 @@ def apply(
 ) -> None:
     """Set all policies on every block.
 
-    checkpoint: none | torch | selective | deepspeed | fairscale | fairscale_offload, for all blocks or per stage; all
-    but the first keep a block's inputs alone, and selective what came of its attention, too. attention_chunk:
+    checkpoint: none | torch | torch_offload | selective | deepspeed | fairscale | fairscale_offload, for all blocks or
+    per stage; all but the first keep a block's inputs alone, selective what came of its attention, too, and those that
+    offload keep them in host memory. attention_chunk:
     windows (SwinV2) or heads (ViT) whose attention is computed at a time, each chunk recomputed in backward; 0: all.
     kernels: what computes window attention, a name of kernels.attention. fused: take the fused norms on a GPU.
     compiled: by torch.compile, each block as one graph. Raises UserError where a policy does not go with that.
@@ -107,6 +108,8 @@ def _checkpointed(kind: str, block: nn.Module) -> Callable[..., Any]:
     if kind == "torch":
         # Nothing inside a block draws random numbers, so there is no generator state to stash.
         return functools.partial(torch_checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    if kind == "torch_offload":
+        return functools.partial(_offloading, forward)
     if kind == "deepspeed":
         return functools.partial(_deepspeed_checkpoint, block, forward)
     if kind == "selective":
@@ -122,6 +125,14 @@ def _checkpointed(kind: str, block: nn.Module) -> Callable[..., Any]:
             "choose torch"
         ) from None
     return checkpoint_wrapper(block, offload_to_cpu=kind == "fairscale_offload").forward
+
+
+def _offloading(forward: Callable[..., Any], *args: Any) -> Any:
+    """torch's reentrant checkpoint, since it alone keeps its inputs as saved tensors, which torch moves to the host."""
+    if not torch.is_grad_enabled():
+        return forward(*args)
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return torch_checkpoint(forward, *args, use_reentrant=True, preserve_rng_state=False)
 
 
 def _keep_attention(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

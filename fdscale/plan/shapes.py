@@ -174,7 +174,7 @@ class Networks:
         """Blocks whose inputs go to host memory."""
         kinds = memory.per_stage(self.settings.memory.checkpoint, module.backbone.depths, "memory.checkpoint")
         blocks = module.backbone.blocks()
-        return [block for block, kind in zip(blocks, kinds, strict=True) if kind == "fairscale_offload"]
+        return [block for block, kind in zip(blocks, kinds, strict=True) if kind.endswith("_offload")]
 
     @functools.cached_property
     def teacher_bytes(self) -> dict[str, int]:

@@ -23,7 +23,10 @@ CASES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "swin zero0": ((), {"zero_optimization": {"stage": 0}}),
     "swin zero2 bf16": ((), {"zero_optimization": {"stage": 2}, **BF16}),
     "swin zero3 chunked": (("memory.attention_chunk=[1, 0]",), {"zero_optimization": {"stage": 3, **PARTS}}),
-    "swin zero3 checkpointed": (("memory.checkpoint=[torch]",), {"zero_optimization": {"stage": 3, **PARTS}}),
+    "swin zero3 checkpointed": (
+        ("memory.checkpoint=[torch, torch_offload]",),
+        {"zero_optimization": {"stage": 3, **PARTS}},
+    ),
     "swin zero3 kernels": (("memory.kernels=torch",), {"zero_optimization": {"stage": 3, **PARTS}}),
     "swin zero3 fp8 bf16": (("student.linear=fp8",), {"zero_optimization": {"stage": 3, **PARTS}, **BF16}),
     "vit zero1": (VIT, {"zero_optimization": {"stage": 1}}),

@@ -30,6 +30,7 @@ def make_engine(
     stage: int = 1,
     average: float | None = None,
     layer_decay: float = 0.9,
+    batch: int = 4,
 ) -> Any:
     with torch.device("meta"):
         module = Distiller(backbone("swin_v2", ARGS), width)
@@ -41,7 +42,7 @@ def make_engine(
         return initial_value(module, name, shape, torch.float32, seed)
 
     more = {"layer_decay": layer_decay, "average": average}
-    return initialize(module, first, ds, batch_size=4, micro_batch=4, **adam, **more)
+    return initialize(module, first, ds, batch_size=batch, micro_batch=4, **adam, **more)
 
 
 def trained(made: Any) -> Any:

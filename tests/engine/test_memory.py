@@ -48,7 +48,7 @@ def run(model: str, args: dict, **policy: Any) -> tuple[float, dict[str, Tensor]
 
 
 @pytest.mark.parametrize(("model", "args", "stages"), MODELS, ids=["swin_v2", "vit"])
-@pytest.mark.parametrize("kind", ["torch", "selective", "deepspeed", "fairscale", "fairscale_offload"])
+@pytest.mark.parametrize("kind", ["torch", "torch_offload", "selective", "deepspeed", "fairscale", "fairscale_offload"])
 def test_checkpointing_changes_memory_and_nothing_else(
     model: str, args: dict, stages: int, kind: str, process_group: None
 ) -> None:
