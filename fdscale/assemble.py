@@ -85,6 +85,7 @@ def build_teacher(settings: config.Config, name: str = "", shapes_only: bool = F
             image_size=of.image_size,
             args=of.args,
             dtype=of.dtype,
+            hold=of.hold,
             feature=of.feature,
             key=of.key,
             mean=of.mean,

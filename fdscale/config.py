@@ -275,7 +275,7 @@ def trajectory(config: Config) -> dict[str, Any]:
             values[key] = getattr(getattr(config, section), name)
             continue
         for named, teacher in teachers.items():
-            if name not in ("weight", "whiten") or getattr(teacher, name) != default:
+            if name not in ("weight", "whiten", "hold") or getattr(teacher, name) != default:
                 values[f"{key_of(named)}.{name}"] = getattr(teacher, name)
     return json.loads(json.dumps(values))
 

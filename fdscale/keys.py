@@ -55,6 +55,12 @@ class Teacher:
     )
     std: tuple[float, float, float] | None = option(None, "likewise")
     dtype: str = option("float32", "precision of the teacher's forward", choices=("float32", "bfloat16", "float16"))
+    hold: str = option(
+        "same",
+        "weights of its linear layers in memory: same, in dtype, or int8 or fp8, in 8 bits with a scale for each "
+        "output channel; products stay in dtype (docs/teachers.md)",
+        choices=("same", "int8", "fp8"),
+    )
     resample: str | None = option(
         None,
         "how the teacher's token grid is brought to the student's; null: they must be equal",

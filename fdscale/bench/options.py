@@ -19,6 +19,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
     _shuffle(tables)
     _step(tables)
     _loop(tables)
+    _teacher(tables)
     _checkpoint(tables)
     _policies(tables)
 
@@ -83,7 +84,7 @@ def _step(tables: argparse._SubParsersAction) -> None:
     settings(sub)
     sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
     other = "what to compare with (default: official for window attention, else timm)"
-    sub.add_argument("--against", default="auto", choices=("auto", "official", "timm", "none"), help=other)
+    sub.add_argument("--against", default="auto", choices=("auto", "official", "timm", "eager", "none"), help=other)
     sub.add_argument("--accumulate", type=int, default=1, metavar="N", help="micro-batches in a step (default: 1)")
     _rounds(sub)
     _threads(sub)
@@ -95,6 +96,18 @@ def _loop(tables: argparse._SubParsersAction) -> None:
     sub = verb(tables, "loop", "fdscale.bench.loop:main", text, "fdscale bench loop --json loop.json")
     _rounds(sub)
     sub.add_argument("--batch", type=int, default=8, metavar="N", help="images in a batch (default: 8)")
+    _threads(sub)
+    _json(sub)
+
+
+def _teacher(tables: argparse._SubParsersAction) -> None:
+    text = "measure what a teacher's precision does to the target, to memory and to time"
+    example = "fdscale bench teacher clip_vit_large_300 --set teacher.weights=FILE --set data.shards=SHARDS"
+    sub = verb(tables, "teacher", "fdscale.bench.teacher:main", text, example)
+    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    settings(sub)
+    sub.add_argument("--images", type=int, default=256, metavar="N", help="views that are compared (default: 256)")
+    _rounds(sub)
     _threads(sub)
     _json(sub)
 

@@ -8,6 +8,7 @@ parts, waiting for the GPU between them, which the steps before do not. Weights 
 
     fdscale    the recipe as it is
     official   the same modules, nothing compiled or fused, window attention as in microsoft/Swin-Transformer
+    eager      the same modules, nothing compiled
     timm       timm's network of the same size under the same ds_config, with timm's checkpointing if the recipe has any
 """
 
@@ -126,6 +127,8 @@ def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: i
     failed: dict[str, str] = {}
     if kind == "official":
         ways[kind] = ways["fdscale"].in_context(lambda: peers.eager_and_official(networks_of(task)))
+    elif kind == "eager":
+        ways[kind] = ways["fdscale"].in_context(lambda: torch.compiler.set_stance("force_eager"))
     elif kind == "timm":
         with failing(kind, failed):
             others = lambda: peers.eager_and_official(networks_of(task)[1:])  # noqa: E731  its teacher is eager, too

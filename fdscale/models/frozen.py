@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdscale import UserError
+from fdscale.models.eight_bit import EightBitLinear
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # (network, normalised images) -> (B, L, C) or (B, C, h, w)
 
@@ -50,8 +51,10 @@ class Teacher:
     where it takes the views as they are. network: the torch module itself, for diagnosis.
     """
 
-    def __init__(self, parts: Parts, source: str, image_size: tuple[int, int] | None, dtype: torch.dtype):
-        self.source, self.image_size, self.dtype = source, image_size, dtype
+    def __init__(
+        self, parts: Parts, source: str, image_size: tuple[int, int] | None, dtype: torch.dtype, hold: str = "same"
+    ):
+        self.source, self.image_size, self.dtype, self.hold = source, image_size, dtype, hold
         self.prefix = tuple(parts.prefix)
         self.network = parts.network.requires_grad_(False).eval()
         self._parts, self._forward = parts, parts.forward
@@ -61,8 +64,8 @@ class Teacher:
         only_shapes = any(parameter.is_meta for parameter in self.network.parameters())
         self._mapped = parts.mapped
         self._fingerprint = "" if only_shapes else _hash_weights(self.network, parts.mean, parts.std, parts.mapped)
-        if dtype != torch.float32 and not parts.mapped:
-            _hold_matrices_in(self.network, dtype)
+        if not parts.mapped:
+            _hold_matrices(self.network, dtype, hold)
 
     @torch.no_grad()  # inference_mode would not do: the loss keeps its target for the backward
     def __call__(self, images: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ class Teacher:
         pages of the file, which the processes of a machine share.
         """
         if self._mapped and torch.device(device).type != "meta":
-            _take_in(self.network, torch.device(device), self.dtype)
+            _take_in(self.network, torch.device(device), self.dtype, self.hold)
         self._mapped = False
         self.network.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
@@ -175,20 +178,29 @@ def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=None if dtype == torch.float32 else dtype, enabled=dtype != torch.float32)
 
 
-def _hold_matrices_in(network: nn.Module, dtype: torch.dtype) -> None:
+def _hold_matrices(network: nn.Module, dtype: torch.dtype, hold: str) -> None:
     """Linear and Conv2d parameters in the autocast dtype: same products, half the memory, no cast in every call.
 
     Norms, position embeddings and the like stay in float32, as autocast wants them; so do subclasses, which may want
-    float32 products, as the position MLP of our SwinV2 does.
+    float32 products, as the position MLP of our SwinV2 does. hold: "int8" or "fp8", for Linear (`EightBitLinear`).
     """
-    for module in network.modules():
-        if type(module) in (nn.Linear, nn.Conv2d):
-            module.to(dtype)
+    for module in [*network.modules()]:
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and hold != "same":
+                setattr(module, name, EightBitLinear(child.weight, child.bias, hold).eval())
+            elif type(child) in (nn.Linear, nn.Conv2d):
+                child.to(dtype)
 
 
-def _take_in(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Parameters in memory of their own on the device, in float32, or as `_hold_matrices_in` has them."""
-    for module in network.modules():
+def _take_in(network: nn.Module, device: torch.device, dtype: torch.dtype, hold: str) -> None:
+    """Parameters in memory of their own on the device, in float32, or as `_hold_matrices` has them."""
+    for module in [*network.modules()]:
+        for name, child in module.named_children():
+            if type(child) is nn.Linear and hold != "same":
+                bias = None if child.bias is None else child.bias.float()
+                setattr(module, name, EightBitLinear(child.weight, bias, hold).to(device).eval())
+        if type(module) is nn.Linear and hold != "same":  # it was replaced
+            continue
         wanted = dtype if type(module) in (nn.Linear, nn.Conv2d) else torch.float32
         for parameter in module.parameters(recurse=False):
             value = parameter.data.to(torch.float32, copy=True)  # rounded from there, as ever

@@ -95,7 +95,10 @@ class Mlp(nn.Module):
 
 def biased(linear: nn.Linear, x: Tensor, bias: Tensor) -> Tensor:
     """A linear layer without a bias of its own, and this one; what replaced it in other precision does its product."""
-    return F.linear(x, linear.weight, bias) if type(linear) is nn.Linear else linear(x) + bias.to(x.dtype)
+    if type(linear) is nn.Linear:
+        return F.linear(x, linear.weight, bias)
+    out = linear(x)
+    return out + bias.to(out.dtype)
 
 
 def qkv_bias(q_bias: Tensor, v_bias: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from fdscale import UserError
 from fdscale.models import convert
+from fdscale.models.eight_bit import KINDS
 from fdscale.models.frozen import Forward, Parts, Teacher, built_for, dry_run, short
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -48,6 +49,7 @@ def load_teacher(
     image_size: int | Sequence[int] | None = None,
     args: Mapping[str, Any] | None = None,
     dtype: str = "float32",
+    hold: str = "same",
     feature: str = "last",
     key: str | None = None,
     mean: Sequence[float] | None = None,
@@ -62,6 +64,7 @@ def load_teacher(
     image_size: the size the teacher works at, pixels: views are resized to it, and networks whose position embedding or
         windows depend on it are built for it (argument img_size). None: it takes the views as they are.
     args: constructor arguments. dtype: of matrix products, under autocast; Linear and Conv2d weights are held in it.
+    hold: "int8" or "fp8" holds those of Linear in 8 bits (models/eight_bit.py).
     feature: "last", after the final norm; or "stride4" ... "stride32", the last map of that stride in pixels, without
         a norm (stride16 of a Swin is the official option PRED_FEAT_S3).
     key: entry of the weight file that holds the weights, where it has several (EsViT: "student").
@@ -90,6 +93,8 @@ def load_teacher(
         raise UserError(f"teacher.weights: `own` is for python: teachers; {source} needs a local weight file.")
     if dtype not in DTYPES:
         raise UserError(f"teacher.dtype: {dtype!r}. Expected one of {', '.join(DTYPES)}.")
+    if hold not in ("same", *KINDS):
+        raise UserError(f"teacher.hold: {hold!r}. Expected one of same, {', '.join(KINDS)}.")
     if feature not in ("last", *STRIDES):
         raise UserError(f"teacher.feature: {feature!r}. Expected one of last, {', '.join(STRIDES)}.")
     if (mean is None) != (std is None):
@@ -99,7 +104,7 @@ def load_teacher(
     with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(RANDOM_SEED)
         parts = adapters[kind](name, weights, size, dict(args or {}), feature, key, mean, std)
-    teacher = Teacher(parts, source, size, DTYPES[dtype])
+    teacher = Teacher(parts, source, size, DTYPES[dtype], hold)
     if size is not None:
         teacher.grid(size)  # a size that the network refuses is an error now, not at the first step
     return teacher

@@ -1,0 +1,52 @@
+"""Frozen linear layers whose weights are held in 8 bits: `teacher.hold`.
+
+Each output channel has a scale of its own, its largest weight over the largest number of the format. int8 and e4m3 are
+exact in bfloat16, float16 and float32, so the product is that of the rounded weights in the precision of the input, and
+the scale is applied to its result: nothing but the weights is rounded.
+
+Letters: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}  # and the largest number of each
+
+
+class EightBitLinear(nn.Module):
+    """In place of an nn.Linear: values (O, I) of 8 bits, scale (O,) and bias (O,) in float32, all of them buffers."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, kind: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        values, scale = rounded(weight.detach(), kind)
+        self.register_buffer("values", values)
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O) in the dtype of x, or autocast's."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            product = F.linear(x.to(dtype), self.values.to(dtype)).float() * self.scale
+            return (product if self.bias is None else product + self.bias).to(dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """(O, I) float32, for code that takes the weight of a layer and multiplies by itself."""
+        return self.values.float() * self.scale[:, None]
+
+
+def rounded(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Values (O, I) of 8 bits and scales (O,) float32 of a weight (O, I); a row of zeros has scale 1."""
+    dtype, most = KINDS[kind]
+    weight = weight.float()
+    largest = weight.abs().amax(1)
+    scale = torch.where(largest > 0, largest / most, 1.0)
+    scaled = weight / scale[:, None]
+    values = (scaled.round() if dtype == torch.int8 else scaled).clamp(-most, most).to(dtype)
+    return values, scale
