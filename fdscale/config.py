@@ -204,7 +204,16 @@ def check(config: Config, where: str) -> None:
 
 
 def _check_teachers(config: Config, where: str) -> None:
-    """One way of naming teachers, and names that can be part of a column's, a parameter's and a directory's."""
+    """One way of naming teachers, and names that can be part of a column's, a parameter's and a directory's; and what
+    sharing them out goes with."""
+    if config.memory.teacher == "sharded":
+        if "teacher" in config.memory.compile:
+            raise UserError(f"{where}: memory.teacher is sharded, and memory.compile names teacher; take one of them")
+        for name, teacher in teachers_of(config).items():
+            if teacher.hold != "same":
+                raise UserError(
+                    f"{where}: memory.teacher is sharded, and {key_of(name)}.hold is {teacher.hold}; take one of them"
+                )
     if config.teachers and config.teacher != Teacher():
         raise UserError(f"{where}: set either teacher, for one, or teachers, for several by name")
     for name in config.teachers:

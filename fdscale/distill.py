@@ -20,7 +20,7 @@ from fdscale.assemble import (
     train_stream,
     training_target,
 )
-from fdscale.engine import ema, memory
+from fdscale.engine import ema, memory, sharding
 from fdscale.engine.metrics import Work
 from fdscale.inputs import normalise, open_heldout, to_device
 from fdscale.job import run_job
@@ -64,6 +64,11 @@ class Distillation:
     def __init__(self, parts: Parts):
         self.parts, self.inputs, self.module = parts, parts.inputs, parts.module
 
+    @property
+    def _sharded(self) -> bool:
+        """Whether ranks hold shares of the teachers."""
+        return self.parts.settings.memory.teacher == "sharded" and not self.parts.cached and dist.world() > 1
+
     def identity(self) -> dict[str, Any]:
         """The content of the teachers' weights."""
         return teachers_identity(self.parts)
@@ -78,7 +83,9 @@ class Distillation:
         for teacher in parts.teachers.values():
             if teacher.is_ours:
                 memory.agree_on_kernels(teacher.network)
-            if not parts.cached:
+            if self._sharded:
+                teacher.spread(dist.device(), sharding.splitter(dist.device()))
+            elif not parts.cached:
                 teacher.to(dist.device())
             elif not parts.settings.data.heldout_shards:
                 teacher.to("meta")  # nothing computes with it: its memory is free again
@@ -93,7 +100,9 @@ class Distillation:
             whose = f"the teacher {name}'s" if name else "the teacher's"
             if parts.cached:
                 lines.append(f"{whose} features come from {parts.cached[name].folder}; it does not run")
-            elif teacher.is_ours:
+            elif self._sharded:
+                lines.append(f"{whose} blocks are shared out among the ranks")
+            if teacher.is_ours and not parts.cached:
                 lines += [f"{whose} {line}" for line in student.about_kernels(teacher.network)]
             if self.module.projectors[name].phi_s is not None:
                 samples = settings.objective.whiten_samples
@@ -119,7 +128,10 @@ class Distillation:
         return normalise(images, dtype), targets, numbers
 
     def blank(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Zeros for all of them."""
+        """Zeros for all of them.
+
+        Where other ranks gather a teacher's parts for their images, this one does, too.
+        """
         parts, size = self.parts, self.parts.settings.data.image_size
         images = torch.zeros(parts.settings.memory.micro_batch, 3, size, size, device=dist.device())
         numbers = torch.zeros(len(images), dtype=torch.int64, device=dist.device())
@@ -127,6 +139,9 @@ class Distillation:
             torch.zeros(len(images), parts.pairings[name].tokens, teacher.width, device=dist.device())
             for name, teacher in parts.teachers.items()
         )
+        if self._sharded:
+            for teacher in parts.teachers.values():
+                teacher(images)
         return normalise(images, dtype), targets, numbers
 
     def evaluation(self, run: Run, dtype: torch.dtype) -> Callable[[Any], dict[str, Any]]:

@@ -252,6 +252,13 @@ class Memory:
         choices=("auto", "reference", "torch", "triton", "cuda"),
         neutral=True,
     )
+    teacher: str = option(
+        "replicated",
+        "replicated: whole on every rank; sharded: each rank holds its share of every block of a teacher, which is "
+        "gathered when it computes",
+        choices=("replicated", "sharded"),
+        neutral=True,
+    )
     compile: tuple[str, ...] = option(
         ("none",),
         "what torch.compile compiles, for up to minutes at first use: none, or one or both of student (each of its "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,11 +111,42 @@ class Teacher:
         pages of the file, which the processes of a machine share.
         """
         if self._mapped and torch.device(device).type != "meta":
-            _take_in(self.network, torch.device(device), self.dtype, self.hold)
+            _take_in([*self.network.modules()], torch.device(device), self.dtype, self.hold)
         self._mapped = False
         self.network.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return self
+
+    def spread(self, device: torch.device, split: Callable[[nn.Module], None]) -> None:
+        """Moves the teacher, in place, block by block, with `split` called on each as soon as it is there, and at last
+        on a module whose forward is all that the teacher computes.
+
+        Raises UserError where the network has no blocks.
+        """
+        blocks = self.blocks()
+        inside = {part for block in blocks for part in block.modules()}
+        for block in blocks:
+            if self._mapped:
+                _take_in([*block.modules()], device, self.dtype, self.hold)
+            split(block.to(device))
+        if self._mapped:
+            _take_in([part for part in self.network.modules() if part not in inside], device, self.dtype, self.hold)
+        self._mapped = False
+        self.to(device)
+        whole = _Whole(self.network, self._forward)
+        split(whole)
+        self._forward = lambda _, images: whole(images)
+
+    def blocks(self) -> list[nn.Module]:
+        """The network's blocks, from the input on. Raises UserError where it has none."""
+        if self.is_ours:
+            return self.network.blocks()  # type: ignore[operator, no-any-return]
+        found = [part for name, part in self.network.named_modules() if re.search(r"(^|\.)blocks\.\d+$", name)]
+        if not found:
+            raise UserError(
+                f"memory.teacher is sharded, and the teacher {self.source} has no blocks to share out; take replicated"
+            )
+        return found
 
     @property
     def width(self) -> int:
@@ -174,6 +206,17 @@ class Teacher:
         return self._dry_runs[size]
 
 
+class _Whole(nn.Module):
+    """What a teacher computes, as the forward of one module."""
+
+    def __init__(self, network: nn.Module, forward: Forward) -> None:
+        super().__init__()
+        self.network, self._compute = network, forward
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self._compute(self.network, images)
+
+
 def _precision(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=None if dtype == torch.float32 else dtype, enabled=dtype != torch.float32)
 
@@ -192,9 +235,9 @@ def _hold_matrices(network: nn.Module, dtype: torch.dtype, hold: str) -> None:
                 child.to(dtype)
 
 
-def _take_in(network: nn.Module, device: torch.device, dtype: torch.dtype, hold: str) -> None:
-    """Parameters in memory of their own on the device, in float32, or as `_hold_matrices` has them."""
-    for module in [*network.modules()]:
+def _take_in(modules: list[nn.Module], device: torch.device, dtype: torch.dtype, hold: str) -> None:
+    """Their own parameters in memory of their own on the device, in float32, or as `_hold_matrices` has them."""
+    for module in modules:
         for name, child in module.named_children():
             if type(child) is nn.Linear and hold != "same":
                 bias = None if child.bias is None else child.bias.float()

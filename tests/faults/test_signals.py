@@ -92,11 +92,18 @@ def test_repeated(starts: Starts, tmp_path: Path) -> None:
         assert starts.end(pids) == [code], starts.output(run).read_text()
 
 
-@pytest.mark.parametrize(("world", "stage"), [(1, 0), (2, 0), (2, 3)])
-def test_in_a_wait_for_data(starts: Starts, world: int, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "stage", "teacher"), [(1, 0, "replicated"), (2, 0, "sharded"), (2, 3, "replicated"), (2, 3, "sharded")]
+)
+def test_in_a_wait_for_data(starts: Starts, world: int, stage: int, teacher: str) -> None:
     """A rank's data workers hang: the step is taken back on all ranks, and the next start makes the same run."""
     steps = 40
-    more = (*TEACHER, f"schedule.steps={steps}", "save.every=1000")
+    more = (
+        *(TEACHER if teacher == "replicated" else ()),
+        f"memory.teacher={teacher}",
+        f"schedule.steps={steps}",
+        "save.every=1000",
+    )
     run, whole = starts.new(), starts.new()
     pids = starts.begin(run, None, world, stage, more)
     wait_for(lambda: (run / "metrics.jsonl").exists() and len(records(run)) > 2, starts, run, pids)
