@@ -136,7 +136,7 @@ def estimate(setup: Setup, networks: Networks) -> Memory:
     parts = states(setup, networks)
     if settings.optim.ema is not None:
         parts["average of the weights"] = 4 * (n if stage(setup.ds) == 0 else -(-n // setup.world))
-    parts |= {f"teacher {name}".rstrip(): networks.teacher_bytes[name] for name in networks.running}
+    parts |= teachers(setup, networks)
     parts |= {"buckets": buckets(setup, n), "batch": _batch(setup, networks)}
     gathered = _gathered(setup, networks)
     backward = found.peak + gathered
@@ -150,6 +150,23 @@ def estimate(setup: Setup, networks: Networks) -> Memory:
     parts["fragmentation"] = int(FRAGMENTATION * (backward + beyond + parts["batch"]))
     parts["CUDA and NCCL"] = CONTEXT
     return Memory(parts, _host(setup, networks, found.offloaded), notes)
+
+
+def teachers(setup: Setup, networks: Networks) -> dict[str, int]:
+    """Each teacher whole, or a rank's share of its blocks; of these then the one that computes, and the next, whole."""
+    parts = {f"teacher {name}".rstrip(): networks.teacher_bytes[name] for name in networks.running}
+    if not sharded(setup, networks):
+        return parts
+    for name in networks.running:
+        split = sum(networks.teacher_blocks[name])
+        parts[f"teacher {name}".rstrip()] -= split - -(-split // setup.world)
+    largest = max(max(networks.teacher_blocks[name]) for name in networks.running)
+    return parts | {"a teacher's gathered blocks": 2 * largest}
+
+
+def sharded(setup: Setup, networks: Networks) -> bool:
+    """Whether ranks hold shares of teachers."""
+    return setup.settings.memory.teacher == "sharded" and setup.world > 1 and bool(networks.running)
 
 
 def buckets(setup: Setup, parameters: int) -> int:

@@ -14,7 +14,7 @@ from fdscale.engine import memory
 from fdscale.engine.ds_config import bf16, offloaded, stage
 from fdscale.models.layers import Attended
 from fdscale.plan.machines import NETWORKS, Machine
-from fdscale.plan.memory import Setup
+from fdscale.plan.memory import Setup, sharded
 from fdscale.plan.shapes import Networks
 
 IMAGE_BYTES = 110e3  # of a stored image: the mean of ImageNet-1K's training set, 138 GB / 1.28 M
@@ -49,9 +49,14 @@ def estimate(setup: Setup, networks: Networks, machine: Machine) -> Pace:
     times = _passes(setup, networks, machine)
     in_forward, in_backward, at_end = _traffic(setup, networks, machine)
     again = setup.accumulation
-    shown_forward, shown_backward = (
+    in_teacher = 0.0
+    if sharded(setup, networks):
+        split = sum(sum(networks.teacher_blocks[name]) for name in networks.running)
+        in_teacher = ring_s(split, setup, machine)
+    shown_teacher, shown_forward, shown_backward = (
         max(0.0, seconds - (machine.overlap * under if hides else 0.0))
         for seconds, under, hides in (
+            (in_teacher, times.teacher, True),
             (in_forward, times.forward, True),
             (in_backward, times.backward, setup.overlaps),
         )
@@ -60,14 +65,14 @@ def estimate(setup: Setup, networks: Networks, machine: Machine) -> Pace:
         "teacher": again * times.teacher,
         "forward": again * times.forward,
         "backward": again * times.backward,
-        "communication that shows": again * (shown_forward + shown_backward) + at_end,
+        "communication that shows": again * (shown_teacher + shown_forward + shown_backward) + at_end,
         "update": _update(setup, networks, machine),
     }
     size = (12 if settings.optim.ema is None else 16) * networks.parameters
     work = student.work_per_image(settings, networks.module.backbone)
     return Pace(
         parts,
-        hidden_s=again * (in_forward + in_backward - shown_forward - shown_backward),
+        hidden_s=again * (in_teacher + in_forward + in_backward - shown_teacher - shown_forward - shown_backward),
         flops=work.student * settings.optim.batch_size / setup.world,
         checkpoint_bytes=size,
         write_s=size / machine.storage,

@@ -13,6 +13,7 @@ from fdscale.plan.machines import Machine
 from fdscale.plan.memory import GIB, Setup
 from fdscale.plan.shapes import Networks, with_policy
 
+LARGE = 0.02  # share of a GPU's memory from which on a teacher is worth sharing out
 ALIKE = 1.05  # no estimate here is better than that: of what costs alike, the fewest changes win
 
 
@@ -77,9 +78,13 @@ def _all(setup: Setup, networks: Networks, machine: Machine) -> Iterator[Planned
     together = config.together(settings)
     halves = [policy.micro_batch // 2**i for i in range(policy.micro_batch.bit_length())]
     micros = [micro for micro in halves if micro % together == 0]
-    for zero, checkpoint, chunk in itertools.product((setup.ds, *shipped().values()), checkpoints, chunks):
+    held = dict.fromkeys((policy.teacher, *(("sharded",) if _may_share(setup, networks, machine) else ())))
+    for zero, checkpoint, chunk, teacher in itertools.product(
+        (setup.ds, *shipped().values()), checkpoints, chunks, held
+    ):
         for micro in micros:
-            other = with_policy(settings, checkpoint=checkpoint, attention_chunk=chunk, micro_batch=micro)
+            policies = {"checkpoint": checkpoint, "attention_chunk": chunk, "teacher": teacher}
+            other = with_policy(settings, micro_batch=micro, **policies)
             one = dataclasses.replace(setup, settings=other, ds=zero)
             if sum(memory.states(one, networks).values()) > machine.gpu.memory_gib * GIB:
                 break  # no activations needed to see that
@@ -90,6 +95,18 @@ def _all(setup: Setup, networks: Networks, machine: Machine) -> Iterator[Planned
             yield found
             if found.fits:  # smaller ones take longer
                 break
+
+
+def _may_share(setup: Setup, networks: Networks, machine: Machine) -> bool:
+    """Whether teachers are large enough to be worth sharing out among the ranks, and can be."""
+    wide = [of.hold != "same" for of in config.teachers_of(setup.settings).values()]
+    if setup.world == 1 or any(wide) or "teacher" in setup.settings.memory.compile:
+        return False
+    large = sum(networks.teacher_bytes[name] for name in networks.running) > LARGE * machine.gpu.memory_gib * GIB
+    try:
+        return large and all(networks.teacher_blocks.values())
+    except UserError:  # one has no blocks
+        return False
 
 
 def shipped() -> dict[str, dict[str, Any]]:
@@ -120,7 +137,7 @@ def changes(before: Setup, after: Setup) -> list[str]:
     if after.world != before.world:
         found.append(f"{after.world} GPUs")
     old, new = before.settings.memory, after.settings.memory
-    for name in ("micro_batch", "checkpoint", "attention_chunk"):
+    for name in ("micro_batch", "checkpoint", "attention_chunk", "teacher"):
         if getattr(old, name) != getattr(new, name):
             value = getattr(new, name)
             text = f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)

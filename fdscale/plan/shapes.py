@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fdscale import assemble, config, student
-from fdscale.engine import memory
+from fdscale.engine import memory, sharding
 from fdscale.engine.optim import param_groups
 from fdscale.kernels import attention
 from fdscale.models.teachers import Teacher
@@ -185,6 +185,17 @@ class Networks:
             tensors += self.module.projectors[name].buffers()
             found[name] = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return found
+
+    @functools.cached_property
+    def teacher_blocks(self) -> dict[str, list[int]]:
+        """Of each teacher, the bytes of each block's matrices, which `memory.teacher=sharded` shares out.
+
+        Raises UserError where a teacher has no blocks.
+        """
+        return {
+            name: [sum(p.numel() * p.element_size() for p in sharding.shared(block)) for block in teacher.blocks()]
+            for name, teacher in self.teachers.items()
+        }
 
     def teacher_peak(self) -> int | None:
         """At most alive in a teacher's forward of a micro-batch, as in float32: an upper bound for 16 bits.

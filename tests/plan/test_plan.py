@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 from helpers import ROOT
@@ -177,3 +178,30 @@ def test_errors_are_for_a_person(words: tuple[str, ...], told: str, capsys: pyte
     assert code == 2
     assert told in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_shared_out_takes_a_share_and_is_suggested(
+    giant: Networks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SwinV2-G as its own teacher on GPUs of 9 GiB."""
+    monkeypatch.setitem(GPUS, "small", GPUS["a100-40g"]._replace(memory_gib=9.0))
+    small = machine("small", None, 8)
+    setup = Setup(giant.settings, zero(3), 64)
+    whole = search.plan(setup, giant, small)
+    assert not whole.fits
+    assert whole.memory.largest == "teacher"
+    found = search.cheapest(setup, giant, small)
+    assert found is not None
+    assert found.setup.world == 64
+    assert search.changes(setup, found.setup) == ["--set memory.teacher=sharded"]
+    matrices = [
+        2 * p.numel()
+        for name, p in giant.teachers[""].network.named_parameters()
+        if re.search(r"blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12])\.weight$", name)
+    ]
+    parts = found.memory.parts
+    held = giant.teacher_bytes[""] - sum(matrices)
+    assert parts["teacher"] == pytest.approx(held + sum(matrices) / 64, abs=64)
+    assert parts["a teacher's gathered blocks"] == 2 * 2 * 12 * 4096**2  # stage 4's, in bf16
+    assert found.pace.hidden_s > whole.pace.hidden_s
