@@ -100,6 +100,10 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     settings(sub)
     sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the network")
+    which = (
+        "labels in place of those in the shards, one or several for an image: real.json of ImageNet ReaL, JSON or text"
+    )
+    sub.add_argument("--labels", metavar="FILE", help=which)
     to = "JSON file to write, with the accuracy of each class (default: RUN/evaluation/STEP.json)"
     sub.add_argument("--out", metavar="FILE", help=to)
     sub.add_argument("--json", action="store_true", help="print it, too")

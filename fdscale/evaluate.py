@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json as json_module
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fdscale import UserError, config, dist, student
 from fdscale.data.augment import eval_view
@@ -28,6 +30,7 @@ from fdscale.kernels import check
 from fdscale.run import Run
 from fdscale.starts import write_atomically
 from fdscale.tasks.classification import Accuracy, Tally
+from fdscale.tasks.labels import Labels, read_labels
 from fdscale.watchdog import SLACK, Watchdog
 
 SHOWN = 5  # samples that were left out, on the console
@@ -40,6 +43,7 @@ def main(
     set: list[str],
     ema: bool,
     dtype: str,
+    labels: str | None,
     out: str | None,
     json: bool,
 ) -> int:
@@ -53,7 +57,7 @@ def main(
     watchdog.start()
     try:
         what = found if found is not None else str(weights)
-        report = measure(settings, what, averaged=ema, dtype=dtype, moves=watchdog.again)
+        report = measure(settings, what, averaged=ema, dtype=dtype, labels=labels, moves=watchdog.again)
     finally:
         watchdog.stop()
     if dist.rank() == 0:
@@ -68,24 +72,28 @@ def measure(
     *,
     averaged: bool = False,
     dtype: str = "float32",
+    labels: str | None = None,
     moves: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """The accuracy of a checkpoint, or of a file of weights, on the held-out set, as plain data; a collective.
 
-    averaged: take the average of the weights. moves: called with each micro-batch. Raises UserError for what cannot be
+    averaged: take the average of the weights. labels: a file of `tasks.labels`, in place of those of the set. moves:
+    called with each micro-batch. Raises UserError for what cannot be
     evaluated.
     """
     config.check_verb(settings, "evaluate")
     index = open_heldout(settings.data)
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
+    assert settings.classify.classes is not None
+    others = None if labels is None else read_labels(labels, settings.classify.classes)
     classifier = student.build_classifier(settings, student.build(settings))
     memory.agree_on_kernels(classifier)
     file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
     loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)
     precision = getattr(torch, dtype)
     materialise(classifier, lambda name, shape: loaded[name](), precision, dist.device())
-    accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision, moves)
+    accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision, moves, others)
     return {
         "top1": accuracy.top1,
         "top5": accuracy.top5,
@@ -98,11 +106,14 @@ def measure(
         "dtype": dtype,
         "image_size": settings.data.image_size,
         "crop_ratio": settings.classify.crop_ratio,
+        "crops": settings.classify.crops,
+        "labels": labels,
         "interpolation": settings.data.interpolation,
         "statistics": settings.classify.statistics,
         "heldout_shards": settings.data.heldout_shards,
         "content of data.heldout_shards": index.fingerprint,
         "classes": _per_class(accuracy, index),
+        "confusion": accuracy.confusion.tolist(),
     }
 
 
@@ -128,7 +139,12 @@ def find(
 
 
 def _with_progress(
-    settings: config.Config, index: Index, classifier: nn.Module, dtype: torch.dtype, moves: Callable[[], object]
+    settings: config.Config,
+    index: Index,
+    classifier: nn.Module,
+    dtype: torch.dtype,
+    moves: Callable[[], object],
+    labels: Labels | None,
 ) -> tuple[Accuracy, list[dict[str, str]]]:
     """The accuracy, with a bar on rank 0, and the samples of all ranks that could not be read."""
     samples = min(settings.data.heldout_samples or index.samples, index.samples)
@@ -144,7 +160,7 @@ def _with_progress(
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=dist.rank() != 0) as progress:
         task = progress.add_task("", total=samples)
-        accuracy = evaluate(settings, index, classifier, dtype, go_on)
+        accuracy = evaluate(settings, index, classifier, dtype, go_on, labels)
     assert accuracy is not None
     everywhere = {number: one for part in dist.gather(lost) for number, one in part.items()}
     rows = [everywhere[number] for number in sorted(everywhere)]
@@ -249,11 +265,12 @@ def evaluate(
     classifier: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     go_on: Callable[[dict[str, Any]], bool],
+    labels: Labels | None = None,
 ) -> Accuracy | None:
     """The accuracy of a classifier of normalised images on data.heldout_samples of a set; a collective.
 
-    go_on: called with each micro-batch; all ranks leave it unfinished, and get None, where it returns False. Raises
-    UserError where no sample can be read.
+    go_on: called with each micro-batch; all ranks leave it unfinished, and get None, where it returns False. labels: in
+    place of those of the set. Raises UserError where no sample can be read.
     """
     data, classify = settings.data, settings.classify
     assert classify.classes is not None
@@ -263,16 +280,26 @@ def evaluate(
         crop_ratio=classify.crop_ratio,
         interpolation=data.interpolation,
         decoding=data.decode,
+        crops=classify.crops,
     )
     mean, std = CLIP_STATISTICS if classify.statistics == "clip" else (MEAN, STD)
     tally = Tally(min(data.heldout_samples or index.samples, index.samples), classify.classes)
     with torch.no_grad():
-        for batch in heldout_batches(settings, index, view, classify.classes):
+        for batch in heldout_batches(settings, index, view, classify.classes if labels is None else None):
             if not go_on(batch):
                 return None
-            scores = classifier(normalise(to_device(batch["images"]), dtype, mean, std))
-            tally.add(batch["numbers"], batch["labels"], scores, batch["weights"])
+            images = normalise(to_device(batch["images"]), dtype, mean, std)
+            own = batch["labels"] if labels is None else labels([key for _, key in batch["origin"]])
+            tally.add(batch["numbers"], own, _scores(classifier, images), batch["weights"])
     found = tally.result()
     if found is None:
         raise UserError(f"no sample of data.heldout_shards ({data.heldout_shards}) can be read")
     return found
+
+
+def _scores(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """(B, K) of images (B, 3, H, W), or of V views of each (B, V, 3, H, W): the logarithm of their mean probability."""
+    if images.ndim == 4:
+        return classifier(images)
+    views = torch.stack([classifier(view) for view in images.unbind(1)], 1)  # B V K
+    return torch.logsumexp(F.log_softmax(views.float(), -1), 1) - math.log(images.shape[1])

@@ -115,6 +115,13 @@ class Classify:
     crop_ratio: float = option(
         0.875, "evaluation: side of the centre crop as a share of the short side", low=0.01, high=1.0, neutral=True
     )
+    crops: int = option(
+        1,
+        "evaluation: views of an image whose probabilities are averaged: 1 the centre, 5 the corners too, 10 all of "
+        "them mirrored too",
+        choices=(1, 5, 10),
+        neutral=True,
+    )
     statistics: str = option(
         "training",
         "evaluation: normalisation, that of training (ImageNet's), or clip: CLIP's, with which the official code "

@@ -23,6 +23,7 @@ from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, l
 from timm.models.beit import Beit
 
 from fdscale import UserError, cli, config
+from fdscale.data.index import open_index
 from fdscale.engine.checkpoint import committed
 from fdscale.engine.reader import Reader
 from fdscale.evaluate import find, measure
@@ -180,6 +181,36 @@ def test_any_number_of_ranks_counts_the_same(trained: Path, digits: Path, tmp_pa
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert report["top1"] == last["heldout_top1"]
     assert report["loss"] == pytest.approx(last["heldout_loss"], rel=1e-5)
+
+
+def test_other_labels_and_several_crops_count_the_same_on_any_number_of_ranks(
+    trained: Path, digits: Path, tmp_path: Path
+) -> None:
+    """Zeros have no label, all others the next digit's, too."""
+    index = open_index(str(digits / "heldout"))
+    keys = [index.key(shard, row) for shard, count in enumerate(index.counts) for row in range(count)]
+    own = {key: int(key.partition("/")[0]) for key in keys}
+    labels = {key: [label, (label + 1) % 10] if label else [] for key, label in own.items()}
+    (tmp_path / "labels.json").write_text(json.dumps(labels))
+    found = {}
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        options = (
+            "--out",
+            out,
+            "--labels",
+            tmp_path / "labels.json",
+            *sets("memory.micro_batch=8", "classify.crops=5"),
+        )
+        done = run_cli("evaluate", trained, *options, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        found[ranks] = json.loads(out.read_text())
+    assert found[1] == found[2]
+    assert found[1]["samples"] == sum(label > 0 for key, label in own.items() if "broken" not in key)
+    assert found[1]["crops"] == 5
+    assert found[1]["top1"] > 0.5
+    wrong = sum(often for _, _, often in found[1]["confusion"])
+    assert found[1]["top1"] == 1 - wrong / found[1]["samples"]
 
 
 def test_an_evaluation_that_hangs_says_where(trained: Path, tmp_path: Path) -> None:

@@ -70,12 +70,15 @@ def eval_view(
     crop_ratio: float = 0.875,
     interpolation: str = "bilinear",
     decoding: str = "exact",
+    crops: int = 1,
 ) -> Tensor:
     """The centre of the image in a file's bytes, (3, size, size) uint8: its short side is resized to size / crop_ratio,
     rounded down.
 
     Rounding as in torchvision's Resize and CenterCrop. crop_ratio: over 0, at most 1. decoding: see the top of this
-    file. Raises Lost if the image cannot be decoded, or is so elongated that it would fill the memory.
+    file. crops: 5 gives (5, 3, size, size), the corners of the resized image (top left, top right, bottom left, bottom
+    right) and its centre, and 10 all of them mirrored, too, as torchvision's FiveCrop and TenCrop. Raises Lost if the
+    image cannot be decoded, or is so elongated that it would fill the memory.
     """
     if not 0 < crop_ratio <= 1:
         raise UserError(f"crop_ratio is {crop_ratio}, expected a number over 0 and at most 1")
@@ -91,15 +94,22 @@ def eval_view(
             f"the image has {source.width} x {source.height} pixels: with a short side of {short} pixels it would have "
             f"{width} x {height}, more than the {MOST_PIXELS} allowed; crop it or leave it out"
         )
-    left, top = round((width - size) / 2), round((height - size) / 2)
     if isinstance(source, Picture):
         shrink = _shrink(source, min(source.width, source.height), short) if decoding == "scaled" else 1
         whole = source.part(0, 0, -(-source.height // shrink), -(-source.width // shrink), shrink)
-        view = _resize(whole, height, width, interpolation)[top : top + size, left : left + size]
+        image = _resize(whole, height, width, interpolation)
     else:
-        image = source.resize((width, height), RESAMPLING[interpolation])
-        view = torch.from_numpy(np.array(image.crop((left, top, left + size, top + size))))
-    return _planar(view, mirrored=False)
+        image = torch.from_numpy(np.array(source.resize((width, height), RESAMPLING[interpolation])))
+    right, bottom = width - size, height - size
+    places = [(round(bottom / 2), round(right / 2))]
+    if crops > 1:
+        places = [(0, 0), (0, right), (bottom, 0), (bottom, right), *places]
+    views = [
+        _planar(image[top : top + size, left : left + size], mirrored=mirrored)
+        for mirrored in ((False, True) if crops == 10 else (False,))
+        for top, left in places
+    ]
+    return views[0] if crops == 1 else torch.stack(views)
 
 
 def _shrink(picture: Picture, side: int, wanted: int) -> int:

@@ -58,7 +58,7 @@ class Listing:
     """Rows, written to a file one after another and then read by number.
 
     classes: names of the classes by number, None if they have none. Labels that are names are numbered in the order of
-    the names once all rows are there.
+    the names, or of the numbers if all names are such, once all rows are there.
     """
 
     def __init__(self, path: str) -> None:
@@ -132,7 +132,8 @@ class Listing:
         if not self._at:
             raise UserError(nothing)
         if self._names:
-            self.classes = sorted(self._names)
+            numbers = all(name.isdecimal() for name in self._names)  # as ImageNet-V2's folders: 2 before 10
+            self.classes = sorted(self._names, key=lambda name: (int(name) if numbers else 0, name))
             self._ranks = [0] * len(self.classes)
             for rank, label in enumerate(self.classes):
                 self._ranks[self._names[label]] = rank

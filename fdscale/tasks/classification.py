@@ -73,13 +73,17 @@ def soft_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 
 
 class Accuracy(NamedTuple):
-    """An evaluation. samples: whose label and image could be read. per_class: (K, 2) int64, right (top-1) and all."""
+    """An evaluation. samples: whose label and image could be read. per_class: (K, 2) int64, right (top-1) and all.
+
+    confusion: (P, 3) int64, label, predicted class and how often, for those that differ; the most frequent first.
+    """
 
     samples: int
     loss: float  # cross-entropy with the labels, without smoothing
     top1: float
     top5: float
     per_class: Tensor
+    confusion: Tensor
 
 
 class Tally:
@@ -91,27 +95,37 @@ class Tally:
 
     def __init__(self, samples: int, classes: int) -> None:
         self._classes = classes
-        self._rows = torch.zeros(samples, 4, dtype=torch.float64, device=dist.device())  # counted, label, place, loss
+        self._rows = torch.zeros(samples, 5, dtype=torch.float64, device=dist.device())  # see `add`
 
     def add(self, numbers: Tensor, labels: Tensor, scores: Tensor, weights: Tensor) -> None:
-        """Account a micro-batch: scores (B, K), and on the CPU numbers, labels, and weights (B,) of 1 or 0."""
-        kept, device = weights.nonzero()[:, 0], self._rows.device
+        """Account a micro-batch: scores (B, K), and on the CPU numbers, labels, and weights (B,) of 1 or 0.
+
+        labels: (B,), or (B, M) where a sample may have several, -1 in place of missing ones: the one that stands first
+        among the scores counts. A sample with none does not.
+        """
+        labels = labels[:, None] if labels.ndim == 1 else labels
+        kept, device = (weights.bool() & (labels >= 0).any(1)).nonzero()[:, 0], self._rows.device
         numbers, labels, scores = numbers[kept].to(device), labels[kept].to(device), scores[kept.to(device)].float()
-        rows = torch.stack([torch.ones_like(labels), labels, places(scores, labels)], 1).double()
-        losses = F.cross_entropy(scores, labels, reduction="none").double()
+        stand = torch.stack([places(scores, one.clamp_min(0)) for one in labels.unbind(1)], 1)
+        place, which = stand.masked_fill(labels < 0, scores.shape[1] + 1).min(1)
+        label = labels.gather(1, which[:, None])[:, 0]
+        losses = F.cross_entropy(scores, label, reduction="none").double()
+        rows = torch.stack([torch.ones_like(label), label, place, scores.argmax(1)], 1).double()
         self._rows[numbers] += torch.cat([rows, losses[:, None]], 1)
 
     def result(self) -> Accuracy | None:
         """The accuracy over all ranks, None where no sample could be read; a collective."""
         rows = dist.total(self._rows.clone()).cpu()
         assert rows[:, 0].max() <= 1, "a sample was counted twice"
-        _, labels, place, losses = rows[rows[:, 0] > 0].unbind(1)
+        _, labels, place, predicted, losses = rows[rows[:, 0] > 0].unbind(1)
         if not len(labels):
             return None
         right = place == 0
         count = [labels[mask].long().bincount(minlength=self._classes) for mask in (right, torch.ones_like(right))]
         top1, top5 = (int((place < most).sum()) / len(place) for most in (1, 5))
-        return Accuracy(len(labels), float(losses.mean()), top1, top5, torch.stack(count, 1))
+        pairs, often = torch.stack([labels, predicted], 1)[~right].long().unique(dim=0, return_counts=True)
+        confusion = torch.cat([pairs, often[:, None]], 1)[often.argsort(descending=True, stable=True)]
+        return Accuracy(len(labels), float(losses.mean()), top1, top5, torch.stack(count, 1), confusion)
 
 
 def places(scores: Tensor, labels: Tensor) -> Tensor:
