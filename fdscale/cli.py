@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _distill(verbs)
     _finetune(verbs)
     _evaluate(verbs)
+    _probe(verbs)
     plan.add(verbs)
     tune.add(verbs)
     _submit(verbs)
@@ -107,6 +108,30 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     to = "JSON file to write, with the accuracy of each class (default: RUN/evaluation/STEP.json)"
     sub.add_argument("--out", metavar="FILE", help=to)
     sub.add_argument("--json", action="store_true", help="print it, too")
+
+
+def _probe(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale probe runs/clip-b --set data.shards=/data/in1k/train --set data.heldout_shards=/data/in1k/val\n"
+        "  The teacher of a recipe instead of a student:\n"
+        "  fdscale probe clip_vit_base_300 --teacher --set teacher.weights=... --set data.shards=... "
+        "--set data.heldout_shards=..."
+    )
+    text = "measure what frozen features know of classes: nearest neighbours, linear probe, few labels"
+    sub = verb(verbs, "probe", "fdscale.probe:main", text, example)
+    where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
+    sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
+    sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")
+    sub.add_argument("--weights", metavar="FILE", help="take a backbone's weights from a file")
+    settings(sub)
+    of = "probe the teacher of a recipe, of several the one of this name"
+    sub.add_argument("--teacher", metavar="NAME", nargs="?", const="", help=of)
+    sub.add_argument("--pool", choices=("mean", "cls"), default="mean", help="of the grid's tokens, or the class token")
+    kinds = ("knn", "linear", "few-shot")
+    sub.add_argument("--kinds", nargs="+", choices=kinds, metavar="KIND", help=f"of {', '.join(kinds)} (default: all)")
+    sub.add_argument("--epochs", type=int, default=90, metavar="N", help="of the linear probe (default: 90)")
+    sub.add_argument("--out", metavar="FILE", help="JSON file to write")
+    sub.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _submit(verbs: argparse._SubParsersAction) -> None:
