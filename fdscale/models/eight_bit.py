@@ -2,12 +2,16 @@
 
 Each output channel has a scale of its own, its largest weight over the largest number of the format. int8 and e4m3 are
 exact in bfloat16, float16 and float32, so the product is that of the rounded weights in the precision of the input, and
-the scale is applied to its result: nothing but the weights is rounded.
+the scale is applied to its result: nothing but the weights is rounded. float16 ends at 65504, so there
+the values are divided by a power of two first, which is exact, too: a channel's result overflows beyond 65504 times its
+largest weight.
 
 Letters: O outputs, I inputs.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +26,7 @@ class EightBitLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+        self.power = 2.0 ** math.ceil(math.log2(KINDS[kind][1]))
         values, scale = rounded(weight.detach(), kind)
         self.register_buffer("values", values)
         self.register_buffer("scale", scale)
@@ -32,7 +37,10 @@ class EightBitLinear(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            product = F.linear(x.to(dtype), self.values.to(dtype)).float() * self.scale
+            values, scale = self.values.to(dtype), self.scale
+            if dtype == torch.float16:
+                values, scale = values / self.power, scale * self.power
+            product = F.linear(x.to(dtype), values).float() * scale
             return (product if self.bias is None else product + self.bias).to(dtype)
 
     @property

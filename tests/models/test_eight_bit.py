@@ -63,6 +63,31 @@ def test_nothing_but_the_weights_is_rounded(kind: str, dtype: torch.dtype) -> No
         torch.testing.assert_close(out, F.linear(x, layer.weight, plain.bias), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_values_are_exact_in_float16(kind: str) -> None:
+    """All 8-bit numbers, by an identity: also where they are divided by a power of two."""
+    numbers = torch.arange(-128, 128).to(torch.int8)
+    numbers = numbers[1:] if kind == "int8" else numbers.view(torch.float8_e4m3fn)
+    numbers = numbers[numbers.float().isfinite()]
+    layer = EightBitLinear(numbers.float()[:, None], None, kind)
+    layer.values, layer.scale = numbers[:, None], torch.ones(len(numbers))
+    assert torch.equal(layer(torch.ones(1, 1).half())[0].float(), numbers.float())
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_float16_does_not_overflow_where_the_plain_layer_does_not(kind: str) -> None:
+    """Small weights, and a few large inputs, as in the last layers of vision transformers."""
+    torch.manual_seed(0)
+    plain = nn.Linear(1024, 256)
+    nn.init.normal_(plain.weight, std=0.01)
+    x = 5 * torch.randn(16, 1024)
+    x[:, :4] *= 100
+    layer = EightBitLinear(plain.weight, plain.bias, kind)
+    exact = F.linear(x.half().double(), layer.weight.double(), plain.bias.double())
+    assert exact.abs().max() > 448 * layer.scale.min(), "the sum of the values alone is out of range"
+    torch.testing.assert_close(layer(x.half()).double(), exact, rtol=2e-3, atol=2e-2)
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a network of ours."""
