@@ -2,9 +2,8 @@
 
 Each output channel has a scale of its own, its largest weight over the largest number of the format. int8 and e4m3 are
 exact in bfloat16, float16 and float32, so the product is that of the rounded weights in the precision of the input, and
-the scale is applied to its result: nothing but the weights is rounded. float16 ends at 65504, so there
-the values are divided by a power of two first, which is exact, too: a channel's result overflows beyond 65504 times its
-largest weight.
+the scale is applied to its result: nothing but the weights is rounded. float16 ends at 65504, so there the values are
+divided by a power of two first, which is exact, too: a channel's result overflows beyond 65504 times its largest weight.
 
 Letters: O outputs, I inputs.
 """
@@ -22,6 +21,10 @@ KINDS = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}  # an
 
 class EightBitLinear(nn.Module):
     """In place of an nn.Linear: values (O, I) of 8 bits, scale (O,) and bias (O,) in float32, all of them buffers."""
+
+    values: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: str) -> None:
         super().__init__()
