@@ -3,7 +3,7 @@
 Each output channel has a scale of its own, its largest weight over the largest number of the format. int8 and e4m3 are
 exact in bfloat16, float16 and float32, so the product is that of the rounded weights in the precision of the input, and
 the scale is applied to its result: nothing but the weights is rounded. float16 ends at 65504, so there the values are
-divided by a power of two first, which is exact, too: a channel's result overflows beyond 65504 times its largest weight.
+divided by a power of two first, exactly: a channel's result overflows beyond 65504 times its largest weight.
 
 Letters: O outputs, I inputs.
 """
