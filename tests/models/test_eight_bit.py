@@ -143,3 +143,12 @@ def test_it_is_part_of_what_is_learnt_and_planned() -> None:
     assert planned["int8"] < 0.5 * planned["same"]
     with pytest.raises(UserError, match=r"teacher\.hold must be one of same, int8, fp8"):
         config.load("demo", [*TINY, "teacher.hold=int4"])
+
+
+def test_a_cache_belongs_to_what_the_teacher_is_held_in(shards: Path) -> None:
+    def identity(*more: str) -> dict[str, object]:
+        settings = config.load("demo", [*TINY, f"data.shards={shards}", "cache.epochs=1", *more])
+        return assemble.cache_plan(assemble.assemble(settings, 1)).identity
+
+    assert "teacher.hold" not in identity()  # those from before there was the key still fit
+    assert identity("teacher.hold=int8") == identity() | {"teacher.hold": "int8"}
