@@ -38,13 +38,17 @@ class EightBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O) in the dtype of x, or autocast's."""
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):  # meta has none
+            return self._product(x)
         with torch.autocast(device, enabled=False):
-            values, scale = self.values.to(dtype), self.scale
-            if dtype == torch.float16:
-                values, scale = values / self.power, scale * self.power
-            product = F.linear(x.to(dtype), values).float() * scale
-            return (product if self.bias is None else product + self.bias).to(dtype)
+            return self._product(x.to(torch.get_autocast_dtype(device)))
+
+    def _product(self, x: Tensor) -> Tensor:
+        values, scale = self.values.to(x.dtype), self.scale
+        if x.dtype == torch.float16:
+            values, scale = values / self.power, scale * self.power
+        product = F.linear(x, values).float() * scale
+        return (product if self.bias is None else product + self.bias).to(x.dtype)
 
     @property
     def weight(self) -> Tensor:

@@ -141,6 +141,11 @@ def test_it_is_part_of_what_is_learnt_and_planned() -> None:
     built = assemble.build_teacher(settings["int8"]).network
     assert planned["int8"] == sum(t.numel() * t.element_size() for t in [*built.parameters(), *built.buffers()])
     assert planned["int8"] < 0.5 * planned["same"]
+    peaks = {kind: Networks(one).teacher_peak() for kind, one in settings.items()}
+    assert peaks["int8"] is not None, "it runs on the meta device, where nothing is computed"
+    assert peaks["same"] <= peaks["int8"] < 2 * peaks["same"]  # and a layer's weights, brought back
+    flops = {kind: assemble.build_teacher(one).flops((64, 64)) for kind, one in settings.items()}
+    assert flops["int8"] == flops["same"] > 0
     with pytest.raises(UserError, match=r"teacher\.hold must be one of same, int8, fp8"):
         config.load("demo", [*TINY, "teacher.hold=int4"])
 
