@@ -158,6 +158,18 @@ def test_other_ranks_and_stages_learn_the_same(
 
 
 @pytest.mark.slow
+def test_shared_out_they_teach_the_same(two: Path, tmp_path: Path) -> None:
+    """On two ranks, where nothing divides: 11 micro-batches for phi_s, 5 samples held out, two micro-batches a step."""
+    for kind in ("replicated", "sharded"):
+        more = sets(f"memory.teacher={kind}", "memory.micro_batch=2")
+        said = run("distill", two, "--run", tmp_path / kind, *more, ranks=2)
+        assert said.count("blocks are shared out among the ranks") == (2 if kind == "sharded" else 0)
+    assert_same(tmp_path / "replicated", tmp_path / "sharded", 2)
+    assert held_out(tmp_path / "replicated") == held_out(tmp_path / "sharded")
+    assert torch.equal(rotation(tmp_path / "replicated"), rotation(tmp_path / "sharded"))
+
+
+@pytest.mark.slow
 def test_replayed_is_live(two: Path, files: dict[str, Path], shards: Path, tmp_path: Path) -> None:
     """To the last bit, the statistics of phi_s too; and one's features serve whoever else learns from it."""
     live, replayed, features = tmp_path / "live", tmp_path / "replayed", tmp_path / "features"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fdscale.bench.step import made_shards, measured
 from fdscale.bench.timing import in_turns, ratio, save
 from fdscale.engine.initialize import prepare_environment
 from fdscale.inputs import to_device
+from fdscale.models.teachers import Teacher
 from fdscale.objective import feature_loss, whiten
 
 WAYS = {
@@ -71,7 +73,8 @@ def measure(settings: config.Config, images: int, rounds: int) -> dict[str, Any]
 
 def _ways(settings: config.Config, name: str, views: list[Tensor], rounds: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    teachers, exact = {}, []
+    teachers: dict[str, Teacher] = {}
+    exact: list[Tensor] = []
     for way, (dtype, hold) in WAYS.items():
         of = dataclasses.replace(config.teachers_of(settings)[name], dtype=dtype, hold=hold)
         changed = {"teachers": {**settings.teachers, name: of}} if name else {"teacher": of}
@@ -87,15 +90,13 @@ def _ways(settings: config.Config, name: str, views: list[Tensor], rounds: int) 
             "cosine": sum(cosine_similarity(a, b, dim=-1).mean().item() for a, b in pairs) / len(pairs),
             "loss": sum(feature_loss(a, b, settings.objective.beta).item() for a, b in pairs) / len(pairs),
         }
-    taken = in_turns(
-        {way: lambda teacher=teacher: _run(teacher, views[0]) for way, teacher in teachers.items()}, rounds
-    )
+    taken = in_turns({way: partial(_run, teacher, views[0]) for way, teacher in teachers.items()}, rounds)
     for way in teachers:
         found[way]["seconds"] = taken["wall"][way]
     return found
 
 
-def _run(teacher: Any, images: Tensor) -> float:
+def _run(teacher: Teacher, images: Tensor) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     start = time.perf_counter()

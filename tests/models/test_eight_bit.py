@@ -63,6 +63,31 @@ def test_nothing_but_the_weights_is_rounded(kind: str, dtype: torch.dtype) -> No
         torch.testing.assert_close(out, F.linear(x, layer.weight, plain.bias), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_values_are_exact_in_float16(kind: str) -> None:
+    """All 8-bit numbers, by an identity: also where they are divided by a power of two."""
+    numbers = torch.arange(-128, 128).to(torch.int8)
+    numbers = numbers[1:] if kind == "int8" else numbers.view(torch.float8_e4m3fn)
+    numbers = numbers[numbers.float().isfinite()]
+    layer = EightBitLinear(numbers.float()[:, None], None, kind)
+    layer.values, layer.scale = numbers[:, None], torch.ones(len(numbers))
+    assert torch.equal(layer(torch.ones(1, 1).half())[0].float(), numbers.float())
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_float16_does_not_overflow_where_the_plain_layer_does_not(kind: str) -> None:
+    """Small weights, and a few large inputs, as in the last layers of vision transformers."""
+    torch.manual_seed(0)
+    plain = nn.Linear(1024, 256)
+    nn.init.normal_(plain.weight, std=0.01)
+    x = 5 * torch.randn(16, 1024)
+    x[:, :4] *= 100
+    layer = EightBitLinear(plain.weight, plain.bias, kind)
+    exact = F.linear(x.half().double(), layer.weight.double(), plain.bias.double())
+    assert exact.abs().max() > 448 * layer.scale.min(), "the sum of the values alone is out of range"
+    torch.testing.assert_close(layer(x.half()).double(), exact, rtol=2e-3, atol=2e-2)
+
+
 @pytest.fixture(scope="module")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a network of ours."""
@@ -116,5 +141,19 @@ def test_it_is_part_of_what_is_learnt_and_planned() -> None:
     built = assemble.build_teacher(settings["int8"]).network
     assert planned["int8"] == sum(t.numel() * t.element_size() for t in [*built.parameters(), *built.buffers()])
     assert planned["int8"] < 0.5 * planned["same"]
+    peaks = {kind: Networks(one).teacher_peak() for kind, one in settings.items()}
+    assert peaks["int8"] is not None, "it runs on the meta device, where nothing is computed"
+    assert peaks["same"] <= peaks["int8"] < 2 * peaks["same"]  # and a layer's weights, brought back
+    flops = {kind: assemble.build_teacher(one).flops((64, 64)) for kind, one in settings.items()}
+    assert flops["int8"] == flops["same"] > 0
     with pytest.raises(UserError, match=r"teacher\.hold must be one of same, int8, fp8"):
         config.load("demo", [*TINY, "teacher.hold=int4"])
+
+
+def test_a_cache_belongs_to_what_the_teacher_is_held_in(shards: Path) -> None:
+    def identity(*more: str) -> dict[str, object]:
+        settings = config.load("demo", [*TINY, f"data.shards={shards}", "cache.epochs=1", *more])
+        return assemble.cache_plan(assemble.assemble(settings, 1)).identity
+
+    assert "teacher.hold" not in identity()  # those from before there was the key still fit
+    assert identity("teacher.hold=int8") == identity() | {"teacher.hold": "int8"}
