@@ -16,6 +16,9 @@ from test_resume import ds_file
 from fdscale import UserError, cli, config, student
 from fdscale.bench import attention, peers, step
 from fdscale.bench.data import in_turns, photographs, ratio
+from fdscale.models import swin_v2
+from fdscale.models.swin_v2 import SwinV2
+from fdscale.objective import Distiller
 
 DECODE = {"PIL + torchvision", "exact", "scaled", "pillow"}
 
@@ -119,6 +122,30 @@ def test_timm_has_the_same_student() -> None:
             ours = student.backbone(settings)
         assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
         assert theirs.width == ours.width
+
+
+def test_another_way_leaves_the_network_as_it_was() -> None:
+    with torch.device("meta"):
+        network = Distiller(SwinV2(img_size=32, embed_dim=16, depths=(1, 1), num_heads=(1, 1), window_size=4,
+                                   pretrained_window_sizes=(0, 0)), 8)  # fmt: skip
+    parts = [*network.modules()]
+    for number, part in enumerate(part for part in parts if hasattr(part, "kernels")):
+        part.kernels = ("torch", "triton")[number]
+    switches = [(getattr(part, "kernels", None), getattr(part, "fused", None), dict(vars(part))) for part in parts]
+    ours = swin_v2.window_attention
+    with peers.eager_and_official([network]):
+        assert swin_v2.window_attention is not ours
+        assert {part.kernels for part in parts if hasattr(part, "kernels")} == {"reference"}
+    assert swin_v2.window_attention is ours
+    assert switches == [
+        (getattr(part, "kernels", None), getattr(part, "fused", None), dict(vars(part))) for part in parts
+    ]
+
+
+def test_a_way_that_does_not_fit_is_named() -> None:
+    said = "official: out of memory: no room; --against none measures the recipe alone"
+    with pytest.raises(UserError, match=said), step.fitting("official"):
+        raise torch.OutOfMemoryError("no room")
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

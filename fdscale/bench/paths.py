@@ -31,6 +31,7 @@ def names(module: nn.Module, device: torch.device, others: bool) -> tuple[list[s
 def computed_by(name: str, module: nn.Module) -> Iterator[None]:
     """Within, all window attention of the network is computed by one of `names`. Windows are square."""
     kernels = name.removesuffix(FUSED)
+    before = [(part, vars(part).get("kernels"), vars(part).get("fused")) for part in module.modules()]
     for part in module.modules():
         if hasattr(part, "kernels"):
             part.kernels = "reference" if kernels in OTHERS else kernels
@@ -43,6 +44,12 @@ def computed_by(name: str, module: nn.Module) -> Iterator[None]:
         yield
     finally:
         swin_v2.window_attention = ours
+        for part, *switches in before:
+            for switch, value in zip(("kernels", "fused"), switches, strict=True):
+                if value is not None:
+                    setattr(part, switch, value)
+                elif switch in vars(part):  # the class says it again
+                    delattr(part, switch)
 
 
 def _as_ours(function: Callable[..., Tensor]) -> Any:

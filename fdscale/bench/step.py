@@ -123,29 +123,28 @@ def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: i
     task: Any = task_of(settings)
     kind = chosen(against, task)
     ways = {"fdscale": Way(task, task.module, ds, nullcontext)}
+    before = _allocated()
     task.place()
-    failed: dict[str, str] = {}
+    Way.beside = _allocated() - before
     if kind == "official":
         ways[kind] = ways["fdscale"].in_context(lambda: peers.eager_and_official(networks_of(task)))
     elif kind == "eager":
         ways[kind] = ways["fdscale"].in_context(lambda: torch.compiler.set_stance("force_eager"))
     elif kind == "timm":
-        with failing(kind, failed):
-            others = lambda: peers.eager_and_official(networks_of(task)[1:])  # noqa: E731  its teacher is eager, too
+        others = lambda: peers.eager_and_official(networks_of(task)[1:])  # noqa: E731  its teacher is eager, too
+        with fitting(kind):
             ways[kind] = Way(task, timm_module(settings, task), ds, others)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for turn in range(WARM_UP + rounds):
         for name in random.Random(turn).sample([*ways], len(ways)):
-            if name in failed:
-                continue
-            with failing(name, failed):
+            with fitting(name):
                 taken = ways[name].timed()
-                if turn >= WARM_UP:
-                    seconds[name].append(taken)
-    for name in [name for name in ways if name not in failed]:
-        parts[name] = [ways[name].parts() for _ in range(rounds)]
-    result: dict[str, Any] = {"machine": machine.describe(dist.device()), "ranks": dist.world(), "failed": failed}
+            if turn >= WARM_UP:
+                seconds[name].append(taken)
+    for name, way in ways.items():
+        parts[name] = [way.parts() for _ in range(rounds)]
+    result: dict[str, Any] = {"machine": machine.describe(dist.device()), "ranks": dist.world()}
     result |= {"batch": settings.optim.batch_size, "micro_batch": settings.memory.micro_batch, "against": kind}
     result |= {
         "about": task.about(),
@@ -158,9 +157,7 @@ def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: i
         "peak_flops": peak_flops(torch.bfloat16 if bf16(ds) else torch.float32),
     }
     result["ways"] = {
-        name: {"seconds": seconds[name], "parts": parts[name], "peak_bytes": ways[name].peak_bytes}
-        for name in ways
-        if name not in failed
+        name: {"seconds": seconds[name], "parts": parts[name], "peak_bytes": ways[name].peak_bytes} for name in ways
     }
     result["communication"] = ways["fdscale"].communication() if dist.world() > 1 else None
     for way in ways.values():
@@ -184,8 +181,8 @@ def teacher_of(settings: config.Config, name: str) -> Teacher:
     teacher = assemble.build_teacher(settings, name, shapes_only=True)
     assemble.let_compute(teacher, settings)
     teacher.network.to_empty(device=dist.device())
-    for parameter in teacher.network.parameters():
-        parameter.normal_(std=0.02)
+    for tensor in (*teacher.network.parameters(), *teacher.network.buffers()):
+        tensor.normal_(std=0.02) if tensor.element_size() > 1 else tensor.view(torch.uint8).zero_()
     return teacher
 
 
@@ -212,26 +209,34 @@ def timm_module(settings: config.Config, task: Any) -> nn.Module:
 
 
 @contextmanager
-def failing(name: str, failed: dict[str, str]) -> Iterator[None]:
-    """Remember why a way that is compared with cannot be measured; ours must."""
+def fitting(name: str) -> Iterator[None]:
+    """Say which way it is that does not fit: an engine that ran out of memory in a step is of no use to another way."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        if name == "fdscale":
-            raise
-        failed[name] = f"out of memory: {str(error).splitlines()[0]}"
-        torch.cuda.empty_cache()
+        advice = "" if name == "fdscale" else "; --against none measures the recipe alone"
+        raise UserError(f"{name}: out of memory: {str(error).splitlines()[0]}{advice}") from None
+
+
+def _allocated() -> int:
+    """Bytes on a GPU now."""
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 
 class Way:
-    """A module under an engine of its own, its batches, and what holds while it computes."""
+    """A module under an engine of its own, its batches, and what holds while it computes.
+
+    beside: bytes of what all ways need, the teachers.
+    """
+
+    beside = 0
 
     def __init__(self, task: Any, module: nn.Module, ds: dict[str, Any], context: Callable[[], Any]) -> None:
         self._task, self._context = task, context
         self._dtype = torch.bfloat16 if bf16(ds) else torch.float32
-        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        before = _allocated()
         self.engine = engine_of(task.inputs.settings, module, ds, self._dtype)
-        self._held = torch.cuda.memory_allocated() - before if torch.cuda.is_available() else 0
+        self._held = [_allocated() - before]  # and what its steps leave there: moments, after the first
         self._batches: Generator[Any, None, None] = task.stream(0, 2**40)
         self.peak_bytes: int | None = None
 
@@ -258,14 +263,15 @@ class Way:
 
     def timed(self) -> float:
         """Seconds of a step, from and to when the GPU is done."""
+        before = _allocated()
         if torch.cuda.is_available():
-            before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
         with self._context():
             taken = _seconds(lambda: self.step(lambda _: nullcontext()))
         if torch.cuda.is_available():
-            added = self._held + torch.cuda.max_memory_allocated() - before
-            self.peak_bytes = max(self.peak_bytes or 0, added)
+            peak = self.beside + sum(self._held) + torch.cuda.max_memory_allocated() - before
+            self.peak_bytes = max(self.peak_bytes or 0, peak)
+            self._held.append(_allocated() - before)
         return taken
 
     def parts(self) -> dict[str, float]:
@@ -298,7 +304,7 @@ class Way:
             if not torch.cuda.is_available() or event.device_type() == on_gpu
         ]
         talks = union([(start, end) for start, end, told in events if told])
-        with self._context(), Traffic() as traffic:
+        with self._context(), torch.compiler.set_stance("force_eager"), Traffic() as traffic:
             self.step(lambda _: nullcontext())
         found = {"step_s": step_s, "communication_s": length(talks) / 1e9, "sent": traffic.of}
         if torch.cuda.is_available():
@@ -371,7 +377,7 @@ def text(result: dict[str, Any]) -> str:
         whole = sum(parts.values())
         shares.append((name, f"{whole:.3f}", *(f"{100 * value / whole:.1f} %" for value in parts.values())))
     told = result["communication"]
-    lines = [f"{name}: {why}" for name, why in result["failed"].items()]
+    lines = []
     if told:
         hidden = f", {told['exposed_s']:.3f} s of it with nothing beside it" if "exposed_s" in told else ""
         lines.append(f"Ranks communicate for {told['communication_s']:.3f} s of a step{hidden}.")
