@@ -265,7 +265,10 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
         "  fdscale shards make ~/imagenet-1k shards/val --split validation --skip-damaged"
     )
     sub = verb(kinds, "make", "fdscale.pack:make", text, example)
-    source = "folder of images (class subfolders give labels), .csv, .tsv, .jsonl or .parquet, or Hugging Face folder"
+    source = (
+        "folder of images (class subfolders give labels), .csv, .tsv, .jsonl or .parquet, Hugging Face folder, or "
+        "folder with images/ and their masks in annotations/ (ADEChallengeData2016)"
+    )
     sub.add_argument("source", help=source)
     sub.add_argument("out", help="directory of the shards; must not exist")
     _shard_sizes(sub)

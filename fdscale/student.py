@@ -24,6 +24,7 @@ from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.models.layers import ResidualNorm, initial_value
 from fdscale.tasks.classification import Classifier
+from fdscale.tasks.segmentation import Segmenter
 
 RESIZED = ("relative_position_bias_table", "pos_embed")  # what follows the image size, see `convert.fitted`
 PREFIX = "backbone."  # of the student's parameters in the module that is trained, and in its checkpoints
@@ -84,6 +85,23 @@ def build_classifier(settings: config.Config, student: Any) -> Classifier:
     assert settings.classify.classes is not None
     with torch.device("meta"):
         return Classifier(student, settings.classify.classes, settings.classify.head_scale)
+
+
+def build_segmenter(settings: config.Config, student: Any) -> Segmenter:
+    """A backbone with UPerNet for `segment.classes`, on the meta device."""
+    segment = settings.segment
+    assert segment.classes is not None
+    with torch.device("meta"):
+        return Segmenter(
+            student,
+            segment.classes,
+            segment.channels,
+            segment.auxiliary_channels,
+            segment.auxiliary_weight,
+            segment.dropout,
+            segment.norm,
+            settings.student.seed,
+        )
 
 
 def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
@@ -239,11 +257,12 @@ def find_checkpoint(source: Path) -> Path:
     return found
 
 
-def work_per_image(settings: config.Config, student: Any, teacher_flops: int = 0) -> Work:
-    """FLOPs of training on one image, for MFU. teacher_flops: multiply-adds of a teacher that runs beside."""
+def work_per_image(settings: config.Config, student: Any, teacher_flops: int = 0, heads: int = 0) -> Work:
+    """FLOPs of training on one image, for MFU. teacher_flops: multiply-adds of a teacher that runs beside; heads: of
+    what stands behind the backbone."""
     size = (settings.data.image_size,) * 2
     forward = 2 * student.flops(size)
     kinds = memory.per_stage(settings.memory.checkpoint, student.depths, "memory.checkpoint")
     # Blocks of a stage are alike, and in these networks stages cost nearly the same per block.
     recomputed = forward * sum(kind != "none" for kind in kinds) // len(kinds)
-    return Work(student=3 * forward, teacher=2 * teacher_flops, recomputed=recomputed)
+    return Work(student=3 * (forward + 2 * heads), teacher=2 * teacher_flops, recomputed=recomputed)

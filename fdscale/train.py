@@ -19,6 +19,7 @@ from fdscale.engine.metrics import Meter
 from fdscale.engine.optim import set_lr
 from fdscale.engine.paces import slowest
 from fdscale.engine.saver import Saver
+from fdscale.engine.state import Buffers
 from fdscale.keys import Log, Save
 from fdscale.run import Run
 from fdscale.watchdog import SLACK
@@ -61,16 +62,20 @@ def train(
     """
     saver.saved_step, stream = state.step, Stream(open_stream)
     stuck = functools.partial(_stuck, run, meter, guard, stream, go_back)
+    buffers = Buffers(engine)
 
     try:
         while state.step < stop_at and not run.should_stop(state.step) and not stuck():
             run.watchdog.at("an earlier save")
             saver.poll()
             set_lr(engine.optimizer, schedule(state.step))
+            buffers.keep()
             void = _step(engine, stream.at(state.samples), prepare, blank, run, meter, saver)
             if void and dist.world() == 1:
+                buffers.settle(False)
                 run.tell("stop")
                 break
+            buffers.settle(was_applied(engine))
             run.watchdog.at("its account")
             state.step, state.samples = state.step + 1, state.samples + batch_size
             stream.went_on(state.samples)

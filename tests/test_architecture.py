@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
 APPS = {
-    "assemble", "distill", "finetune", "evaluate", "probe", "submit", "export", "cache", "catalog", "doctor", "pack",
+    "assemble", "distill", "finetune", "segment", "evaluate", "probe", "submit", "export", "cache", "catalog", "doctor", "pack",
     "demo", "demo_finetune", "bench", "runs", "plan", "tune",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job"}  # by the apps that train

@@ -4,6 +4,7 @@
     list.csv, list.tsv, list.jsonl       a column of paths, relative to the table, and optionally labels and keys
     *.parquet                            the same, or the bytes of the images, or Hugging Face's {bytes, path}
     train/ test/ ...                     splits, each of which is any of these; metadata.csv or .jsonl is its table
+    images/ annotations/                 images and masks, see pairs.py
 
 Rows go into a file as they are found, so that millions of them need little memory: about 110 bytes each, mostly for
 telling keys apart.
@@ -34,7 +35,8 @@ SPLITS = re.compile(r"(train|test|val|valid|validation|dev|eval|training|testing
 class Row(NamedTuple):
     """A sample to pack: where its image lies. offset -1: `path` is the image file; else `size` bytes in it from there.
 
-    where: for messages, which row of which table it is.
+    where: for messages, which row of which table it is. mask: the PNG with the classes of its pixels, whose numbers are
+    at most `most`; "": it has none.
     """
 
     key: str
@@ -44,6 +46,8 @@ class Row(NamedTuple):
     extension: str
     cls: int | None
     where: str
+    mask: str = ""
+    most: int = 0
 
 
 class Columns(NamedTuple):
@@ -77,8 +81,18 @@ class Listing:
     def __len__(self) -> int:
         return len(self._at)
 
-    def add(self, path: str, label: str | int | None, where: str = "", key: str | None = None, name: str = "") -> None:
-        """Add an image file. label: a name, or a number. key: None for one made from `name`, the path by default."""
+    def add(
+        self,
+        path: str,
+        label: str | int | None,
+        where: str = "",
+        key: str | None = None,
+        name: str = "",
+        mask: str = "",
+        most: int = 0,
+    ) -> None:
+        """Add an image file. label: a name, or a number. key: None for one made from `name`, the path by default. mask,
+        most: see Row."""
         extension = os.path.splitext(path)[1][1:].lower()
         try:
             size = os.stat(path).st_size
@@ -92,7 +106,7 @@ class Listing:
         elif size > MOST_IMAGE_BYTES:
             self.refuse(f"{where}{path}: has {size} bytes, more than the {MOST_IMAGE_BYTES} that an image may have")
         else:
-            self.append(Row("", path, -1, size, extension, None, where), label, key, name or path)
+            self.append(Row("", path, -1, size, extension, None, where, mask, most), label, key, name or path)
 
     def append(self, row: Row, label: str | int | None, key: str | None, name: str) -> None:
         """Add a row whose image is known to be there; its key and class are filled in."""
@@ -109,7 +123,7 @@ class Listing:
             raise UserError(f"{row.where}the labels are of several kinds: names, numbers or none; expected one kind")
         key = self._key_of(name) if key is None else key
         self._at.append(self._end)
-        self._end += self._file.write(json.dumps([key, *row[1:5], number, row.where]).encode() + b"\n")
+        self._end += self._file.write(json.dumps([key, *row[1:5], number, *row[6:]]).encode() + b"\n")
 
     def give_classes(self, names: list[str], where: str) -> None:
         """Say what the classes are called whose numbers the labels are. Raises UserError if it was said otherwise."""
@@ -195,7 +209,7 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
     Raises UserError if there is nothing, if something listed is missing, empty or of an unknown kind, or if it is not
     clear what is meant.
     """
-    from fdscale.data import parquet
+    from fdscale.data import pairs, parquet
 
     nothing = f"{source}: no images there; expected one folder per class, or image files"
     if not os.path.isdir(source):
@@ -206,6 +220,10 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
         else:
             _from_table(source, columns, listing)
         listing.finish(f"{source}: lists no images")
+        return
+    if pairs.has_masks(source):
+        pairs.list_pairs(source, split, listing)
+        listing.finish(nothing)
         return
     folder, prefix, files = _split_of(source, split)
     table = next(iter(_tables_in(folder)), None)
