@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import scenes
-from helpers import run_cli, sets
+from helpers import sets
 
 pytestmark = pytest.mark.slow
 

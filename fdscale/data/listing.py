@@ -22,11 +22,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from fdscale import UserError
+from fdscale.data.tables import read_csv, read_jsonl
 from fdscale.data.tar import IMAGE_EXTENSIONS, MOST_NAME, split_name
 
 MOST_TOLD = 10  # wrong rows spelled out in one error
 MOST_IMAGE_BYTES = 2**30  # of an image file
-MOST_LINE = 2**24  # bytes of a line of .jsonl
 PATH_COLUMNS = ("path", "file_name")
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes")  # of Parquet: Hugging Face's usual names
 SPLITS = re.compile(r"(train|test|val|valid|validation|dev|eval|training|testing|evaluation)([-_.\d].*)?")
@@ -310,7 +310,7 @@ def _walk(root: str, folder: str) -> Iterator[str]:
 
 
 def _from_table(path: str, columns: Columns, listing: Listing, prefix: str = "") -> None:
-    read = _read_jsonl if path.endswith(".jsonl") else _read_csv
+    read = read_jsonl if path.endswith(".jsonl") else read_csv
     try:
         names, rows = read(path)
         list_paths(path, names, rows, columns, listing, prefix)
@@ -372,35 +372,3 @@ def class_of(value: Any, column: str, where: str) -> str | int:
         f'{where}{column} is "{value}", expected a whole number (names: use a column "label"; to leave labels out: '
         "--label none)"
     )
-
-
-def _read_csv(path: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    file = open(path, encoding="utf-8-sig", newline="")  # noqa: SIM115 - closed when the rows are read
-    reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
-    names = list(reader.fieldnames or [])
-
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        with file:
-            for row in reader:
-                yield reader.line_num, row
-
-    return names, rows()
-
-
-def _read_jsonl(path: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        with open(path, "rb") as file:
-            line = 0
-            while text := file.readline(MOST_LINE):
-                line += 1
-                try:
-                    row = json.loads(text) if text.strip() else None
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}, line {line}: is no JSON ({error})") from None
-                if row is not None and not isinstance(row, dict):
-                    raise UserError(f"{path}, line {line}: expected an object of columns")
-                if row:
-                    yield line, row
-
-    first = next(rows(), (0, {}))[1]
-    return list(first), rows()

@@ -49,8 +49,8 @@ def make(
 
     source: a folder of images, with or without one subfolder per class (numbered in the order of their names), a table
     (.csv, .tsv, .jsonl, .parquet) that lists or holds images, a Hugging Face data set, or images and masks, of which
-    `split` is taken; see listing.py and pairs.py. Keys are the paths without extension, further dots turned to "_"; a key that would come twice gets
-    a number, unless the table names it.
+    `split` is taken; see listing.py and pairs.py. Keys are the paths without extension, further dots turned to "_"; a
+    key that would come twice gets a number, unless the table names it.
     samples_per_shard or max_bytes: where a shard ends; 256 MiB by default. seed: shuffles the samples over the
     shards; None keeps their order (by path, or as in the table). recoding: every image is decoded to see that it is
     whole, and may be made smaller; see recode.py. skip_damaged: broken images are left out, listed in

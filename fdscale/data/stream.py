@@ -152,8 +152,8 @@ def batches(
     worker, is added to it (the features of a cached teacher). together: t consecutive numbers stay in a micro-batch:
     rank r takes the slots s with (s // t) mod W = r. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64,
     origin, m pairs (shard, key), replaced, a Replaced for each sample that was lost, and labels (m,) int64 and masks
-    (m, S, S) uint8 where the samples have them. Close the iterator to stop the workers. Raises UserError if the sizes do not divide, or data are
-    out of reach.
+    (m, S, S) uint8 where the samples have them. Close the iterator to stop the workers. Raises UserError if the sizes
+    do not divide, or data are out of reach.
     """
     assert not isinstance(samples.order, Sequential)
     check_world(samples.order.lanes, world, together)

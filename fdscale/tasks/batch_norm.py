@@ -19,7 +19,7 @@ PIXELS = (0, 2, 3)  # what is summed over
 
 
 class _Normalise(torch.autograd.Function):
-    """x (B, C, H, W) -> (x - mean) / sqrt(variance + eps) over the batches and pixels of all ranks; mean, variance (C,).
+    """x (B, C, H, W) -> (x - mean) / sqrt(variance + eps), and mean and variance (C,), over the pixels of all ranks.
 
     Scale and shift are left to the caller: what is saved here must not be a parameter, which ZeRO 3 takes away.
     """
@@ -82,7 +82,7 @@ class BatchNorm(nn.Module):
             running.copy_(torch.where(finite, running.lerp(new, MOMENTUM), running))
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> BatchNorm:
-        """Move to a device, or cast; the running statistics are not cast: bfloat16 cannot follow a tenth of a change."""
+        """Move, or cast, but not the running statistics: bfloat16 loses a tenth of a small change."""
         kept = [self.running_mean, self.running_var]
         super()._apply(fn, recurse)
         self.running_mean, self.running_var = (one.to(self.running_mean.device) for one in kept)

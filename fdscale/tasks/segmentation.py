@@ -114,8 +114,8 @@ def pixel_loss(scores: Tensor, masks: Tensor) -> Tensor:
 class Scores(NamedTuple):
     """An evaluation: shares in [0, 1], and (K,) of each class, NaN where there is no such pixel.
 
-    miou: mean over classes of intersection / union of their pixels. macc: mean over classes of the share of their pixels
-    that are told right. aacc: share of all pixels. confusion: (K, K) int64, label and prediction.
+    miou: mean over classes of intersection / union of their pixels. macc: mean over classes of the share of their
+    pixels that are told right. aacc: share of all pixels. confusion: (K, K) int64, label and prediction.
     """
 
     miou: float

@@ -109,10 +109,11 @@ class UPerNet(nn.Module):
     def flops(self, grids: Sequence[tuple[int, int]]) -> int:
         """Multiply-adds (MACs) of the convolutions on maps of these (height, width); resizing is not counted."""
         cells = [math.prod(grid) for grid in grids]
-        total = sum(_macs(part[1].conv, part[0].side ** 2) for part in cast("list[nn.Sequential]", self.psp_modules))
-        total += _macs(self.bottleneck.conv, cells[-1]) + _macs(self.fpn_bottleneck.conv, cells[0])
+        pools = cast("list[nn.Sequential]", self.psp_modules)
+        total = sum(_macs(part[1], side**2) for part, side in zip(pools, POOLED, strict=True))
+        total += _macs(self.bottleneck, cells[-1]) + _macs(self.fpn_bottleneck, cells[0])
         for lateral, smooth, count in zip(self.lateral_convs, self.fpn_convs, cells[:-1], strict=True):
-            total += _macs(lateral.conv, count) + _macs(smooth.conv, count)
+            total += _macs(lateral, count) + _macs(smooth, count)
         return total + _macs(self.conv_seg, cells[0])
 
 
@@ -130,7 +131,7 @@ class FCN(nn.Module):
 
     def flops(self, grid: tuple[int, int]) -> int:
         """Multiply-adds (MACs) on a map of (height, width)."""
-        return _macs(cast(ConvNorm, self.convs[0]).conv, math.prod(grid)) + _macs(self.conv_seg, math.prod(grid))
+        return _macs(self.convs[0], math.prod(grid)) + _macs(self.conv_seg, math.prod(grid))
 
 
 class Rescale(nn.Module):
@@ -212,5 +213,5 @@ def init_parameter(name: str, tensor: Tensor, generator: torch.Generator) -> Non
 
 
 def _macs(conv: nn.Module, cells: int) -> int:
-    layer = cast(nn.Conv2d, conv)
+    layer = conv.conv if isinstance(conv, ConvNorm) else cast(nn.Conv2d, conv)
     return layer.in_channels * layer.out_channels * math.prod(layer.kernel_size) * cells
