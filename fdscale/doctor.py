@@ -131,6 +131,7 @@ def _fused() -> Finding:
 def _optional() -> list[Finding]:
     hints = {
         "apex": APEX,
+        "torchao": "optional: 8-bit products in training, for H100 and later; pip install 'fdscale[fp8]'",
         "fairscale": "optional: activation checkpointing with CPU offload; pip install 'fdscale[fairscale]'",
         "tensorboard": "optional: curves; pip install 'fdscale[tensorboard]'",
         "wandb": "optional: logging to Weights & Biases; pip install 'fdscale[wandb]'",

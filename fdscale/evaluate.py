@@ -87,7 +87,7 @@ def measure(
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     assert settings.classify.classes is not None
     others = None if labels is None else read_labels(labels, settings.classify.classes)
-    classifier = student.build_classifier(settings, student.build(settings))
+    classifier = student.build_classifier(settings, student.build(settings, training=False))
     memory.agree_on_kernels(classifier)
     file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
     loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)

@@ -97,7 +97,7 @@ Tokens = Callable[[Tensor], Tensor]  # RGB in [0, 1] -> (B, L, C)
 
 def _student(settings: config.Config, weights: Path | str) -> tuple[Tokens, tuple[str, ...]]:
     """The backbone of a run's checkpoint, or of a file."""
-    network = student.build(settings)
+    network = student.build(settings, training=False)
     file = student.read_checkpoint(weights) if isinstance(weights, Path) else student.read_weights(weights)
     loaded = student.trained_backbone(settings, file)
     materialise(network, lambda name, shape: loaded[f"{student.PREFIX}{name}"](), torch.float32, dist.device())

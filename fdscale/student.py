@@ -36,19 +36,22 @@ def backbone(settings: config.Config) -> Any:
         return build_backbone(settings.student.model, {"img_size": settings.data.image_size, **settings.student.args})
 
 
-def build(settings: config.Config) -> Any:
+def build(settings: config.Config, training: bool = True) -> Any:
     """The backbone to compute with: with its memory policies and the seed of its drop path.
 
-    Raises UserError where memory.kernels, or the environment, asks for what cannot run here.
+    training: False: without what only makes training faster, 8-bit products and compiling. Raises UserError
+    where memory.kernels, or the environment, asks for what cannot run here.
     """
     student = backbone(settings)
     student.drop_path_seed = settings.student.seed
-    if settings.student.linear == "fp8":
+    if training and settings.student.linear == "fp8":
         fp8.convert(student.blocks(), dist.device())
     policy = settings.memory
     kernels = attention.choose(policy.kernels, dist.device())
     fused = check.fuses(policy.kernels, dist.device())
-    memory.apply(student, policy.checkpoint, policy.attention_chunk, kernels, fused, "student" in policy.compile)
+    memory.apply(
+        student, policy.checkpoint, policy.attention_chunk, kernels, fused, training and "student" in policy.compile
+    )
     return student
 
 

@@ -80,6 +80,12 @@ def test_it_is_part_of_what_is_learnt_and_old_runs_go_on() -> None:
     assert config.trajectory(eight)["student.linear"] == "fp8"
 
 
+def test_what_is_only_evaluated_multiplies_as_ever() -> None:
+    settings = config.load("demo", [*TINY, "student.linear=fp8", "memory.compile=[student]"])
+    assert fp8.describe(student.build(settings))
+    assert not fp8.describe(student.build(settings, training=False))
+
+
 def test_what_cannot_multiply_8_bits_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     check_linear({"bf16": {"enabled": True}}, "fp8")
     check_linear({}, "same")
