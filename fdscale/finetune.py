@@ -39,9 +39,13 @@ def finetune(
 ) -> int:
     """Run or continue a fine-tuning; returns the process's exit code."""
     config.check_verb(settings, "finetune")
-    kind: Callable[..., Task] = Classification if config.task_of(settings) == "finetune" else Segmentation
-    build = functools.partial(kind, settings, dist.world())
+    build = functools.partial(task_for, settings, dist.world())
     return run_job(build, directory, ds=ds, stop_at=stop_at, resume=resume, saves=saves)
+
+
+def task_for(settings: config.Config, world: int) -> Task:
+    """The task that a recipe for fine-tuning describes. Raises UserError where its data cannot be had."""
+    return Classification(settings, world) if config.task_of(settings) == "finetune" else Segmentation(settings, world)
 
 
 class Classification:

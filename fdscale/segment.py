@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,31 @@ def evaluate(
             "all of their masks are empty"
         )
     return found
+
+
+def report(settings: config.Config, found: Scores, names: list[str]) -> dict[str, Any]:
+    """Scores as plain data, a row for each class; names: of the classes, as far as they are known."""
+    segment = settings.segment
+    rows = [
+        {
+            "class": number,
+            **({"name": names[number]} if number < len(names) else {}),
+            "pixels": int(found.confusion[number].sum()),
+            "iou": None if math.isnan(iou) else iou,
+            "accuracy": None if math.isnan(accuracy) else accuracy,
+        }
+        for number, (iou, accuracy) in enumerate(zip(found.iou.tolist(), found.accuracy.tolist(), strict=True))
+    ]
+    how = ("inference", "stride", "bounds", "scales", "mirror")
+    return {
+        "miou": found.miou,
+        "macc": found.macc,
+        "aacc": found.aacc,
+        "samples": found.images,
+        **{name: getattr(segment, name) for name in how},
+        "classes": rows,
+        "confusion": found.confusion.tolist(),
+    }
 
 
 def inference(settings: config.Config, in_step: bool = False) -> Inference:

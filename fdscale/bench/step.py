@@ -40,7 +40,7 @@ from fdscale.distill import Distillation
 from fdscale.engine.ds_config import bf16, check_checkpointing, check_linear
 from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
 from fdscale.engine.metrics import peak_flops
-from fdscale.finetune import Classification
+from fdscale.finetune import task_for
 from fdscale.job import Task
 from fdscale.models.teachers import Teacher
 
@@ -171,7 +171,7 @@ def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: i
 def task_of(settings: config.Config) -> Task:
     """The job's own."""
     if config.task_of(settings) != "distill":
-        return Classification(settings, dist.world())
+        return task_for(settings, dist.world())
     teachers = {name: teacher_of(settings, name) for name in config.teachers_of(settings)}
     return Distillation(assemble.assemble(settings, dist.world(), teachers))
 
