@@ -40,7 +40,7 @@ from fdscale.distill import Distillation
 from fdscale.engine.ds_config import bf16, check_checkpointing, check_linear
 from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
 from fdscale.engine.metrics import peak_flops
-from fdscale.finetune import task_for
+from fdscale.finetune import Classification
 from fdscale.job import Task
 from fdscale.models.teachers import Teacher
 
@@ -118,6 +118,8 @@ def measured(settings: config.Config, shards: str | None, accumulate: int) -> co
 
 def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: int) -> dict[str, Any]:
     """Seconds of steps and of their parts by way, bytes at most, and what of it is communication; a collective."""
+    if config.task_of(settings) == "segment":
+        raise UserError("segment.classes is set, and this measures distillation and classifiers: take such a recipe")
     check_checkpointing(ds, settings.memory.checkpoint)
     check_linear(ds, settings.student.linear)
     task: Any = task_of(settings)
@@ -171,7 +173,7 @@ def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: i
 def task_of(settings: config.Config) -> Task:
     """The job's own."""
     if config.task_of(settings) != "distill":
-        return task_for(settings, dist.world())
+        return Classification(settings, dist.world())
     teachers = {name: teacher_of(settings, name) for name in config.teachers_of(settings)}
     return Distillation(assemble.assemble(settings, dist.world(), teachers))
 

@@ -113,6 +113,12 @@ class Networks:
         return sum(self.sizes.values())
 
     @property
+    def head_flops(self) -> int:
+        """Multiply-adds of what stands behind the backbone, for one image: of a segmenter; else next to nothing."""
+        count = getattr(self.module, "head_flops", None)
+        return count((self.settings.data.image_size,) * 2) if count is not None else 0
+
+    @property
     def running(self) -> dict[str, Teacher]:
         """The teachers that compute in every step: none where their features are replayed."""
         return self.teachers if self.settings.cache.features is None else {}
