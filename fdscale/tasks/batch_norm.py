@@ -6,6 +6,7 @@ that no large numbers cancel; the reductions have a fixed order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -90,5 +91,7 @@ class BatchNorm(nn.Module):
 
 
 def norm(kind: str, channels: int) -> nn.Module:
-    """batch: `BatchNorm`; group: up to 32 groups of channels, for which it does not matter how a batch is cut."""
-    return BatchNorm(channels) if kind == "batch" else nn.GroupNorm(min(32, channels), channels)
+    """batch: `BatchNorm`; group: up to 32 groups of at least 4 channels, which do not see how a batch is cut."""
+    if kind == "batch":
+        return BatchNorm(channels)
+    return nn.GroupNorm(math.gcd(min(32, channels // 4) or 1, channels), channels)
