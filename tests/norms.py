@@ -1,4 +1,4 @@
-"""One rank's half of a batch through a batch-norm, forward and back; tests/tasks/test_upernet.py starts it by torchrun."""
+"""One rank's half of a batch through a batch-norm, forward and back: of tests/tasks/test_upernet.py, by torchrun."""
 
 from __future__ import annotations
 

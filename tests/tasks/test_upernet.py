@@ -1,4 +1,4 @@
-"""UPerNet against transformers' with the same weights, its parts against torch's, batch-norm on two ranks and on one."""
+"""UPerNet against transformers' with the same weights, its parts against torch's, batch-norm on two ranks."""
 
 from __future__ import annotations
 
