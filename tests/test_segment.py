@@ -215,7 +215,7 @@ def test_a_segmentation_starts_from_any_backbone(trained: Path) -> None:
     [
         (
             ["segment.classes=4"],
-            ["decode_head.conv_seg.weight have the shape (3, 48", "expected (4,", "whole segmenter"],
+            ["decode_head.conv_seg.weight have the shape (3, 16", "expected (4,", "whole segmenter"],
         ),
         (["segment.classes=2"], ["whole segmenter of as many classes as segment.classes"]),
         (["data.heldout_shards=null"], ["data.heldout_shards is not set"]),
