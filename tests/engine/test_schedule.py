@@ -1,4 +1,4 @@
-"""The learning rate at every step: the cosine against timm's CosineLRScheduler, poly against torch's and mmcv's rule."""
+"""The learning rate at every step: the cosine against timm's CosineLRScheduler, poly against torch's and mmcv's."""
 
 from __future__ import annotations
 
