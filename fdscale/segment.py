@@ -17,6 +17,7 @@ from fdscale import UserError, config, dist, student
 from fdscale.data import dense
 from fdscale.data.index import Index
 from fdscale.data.stream import Samples
+from fdscale.engine import ema
 from fdscale.engine.metrics import Work
 from fdscale.inputs import heldout_batches, normalise, open_heldout, open_inputs, to_device, training_batches
 from fdscale.run import Run
@@ -106,24 +107,26 @@ class HeldOutScenes:
 
     def __call__(self, engine: Any) -> dict[str, Any]:
         """The record of one evaluation; a collective. Empty where there is no held-out set, or a signal came."""
-        if self._index is None:
-            return {}
-        engine.eval()
-        found = evaluate(
-            self._settings,
-            self._index,
-            engine,
-            self._dtype,
-            self._go_on,
-            pictures=self._run.directory / "predictions",
-            in_step=engine.zero_optimization_stage() == 3,
-        )
-        engine.train()
-        self._first = False
-        if found is None:
+        if self._index is None or (found := self._evaluate(engine, self._run.directory / "predictions")) is None:
             return {}
         record = {"heldout_miou": found.miou, "heldout_macc": found.macc, "heldout_aacc": found.aacc}
-        return {**record, "heldout_samples": found.images}
+        record["heldout_samples"] = found.images
+        if self._settings.optim.ema is not None:
+            with ema.in_place_of_weights(engine):
+                averaged = self._evaluate(engine)
+            if averaged is None:
+                return {}
+            record["heldout_miou_ema"] = averaged.miou
+        return record
+
+    def _evaluate(self, engine: Any, pictures: Path | None = None) -> Scores | None:
+        assert self._index is not None
+        engine.eval()
+        in_step = engine.zero_optimization_stage() == 3
+        found = evaluate(self._settings, self._index, engine, self._dtype, self._go_on, pictures, in_step)
+        engine.train()
+        self._first = False
+        return found
 
     def _go_on(self, batch: dict[str, Any]) -> bool:
         if self._first:  # every evaluation loses the same samples
