@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-CLASSES = 3  # in the PNGs 1 ground, 2 disc, 3 square, and 0 for what has no class
+# In the PNGs 1 is ground, 2 disc, 3 square, and 0 what has no class.
+SIZES = ((80, 64), (64, 80))
 
 
 def scene(rng: np.random.Generator, photo: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
@@ -28,8 +30,8 @@ def scene(rng: np.random.Generator, photo: np.ndarray, height: int, width: int) 
     return image, mask
 
 
-def write(folder: Path, split: str, count: int, seed: int, size: tuple[int, int] = (64, 80)) -> None:
-    """So many scenes as the official ADEChallengeData2016 has them, and its list of classes."""
+def write(folder: Path, split: str, count: int, seed: int, sizes: Sequence[tuple[int, int]] = SIZES) -> None:
+    """So many scenes of (height, width) in turn as the official ADEChallengeData2016 has them, and its classes."""
     from skimage import data as photos
 
     rng = np.random.default_rng(seed)
@@ -37,8 +39,7 @@ def write(folder: Path, split: str, count: int, seed: int, size: tuple[int, int]
     for part in ("images", "annotations"):
         (folder / part / split).mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        height, width = size if number % 2 else size[::-1]
-        image, mask = scene(rng, sources[number % 3], height, width)
+        image, mask = scene(rng, sources[number % 3], *sizes[number % len(sizes)])
         name = f"ADE_{split[:3]}_{number:08d}"
         Image.fromarray(image).save(folder / "images" / split / f"{name}.jpg", quality=95)
         Image.fromarray(mask).save(folder / "annotations" / split / f"{name}.png")
