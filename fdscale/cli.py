@@ -72,7 +72,7 @@ def _finetune(verbs: argparse._SubParsersAction) -> None:
         "    --set data.heldout_shards=/data/imagenet/val\n"
         "  student.weights: a run of `fdscale distill`, or a file. The same command again goes on where it stopped."
     )
-    text = "train a distilled student as a classifier of images"
+    text = "train a distilled student as a classifier of images, or of their pixels"
     _training(verb(verbs, "finetune", "fdscale.finetune:main", text, example))
 
 
@@ -92,7 +92,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         "  With torchrun or srun, ranks share the work; the result is the same. Weights of others, by a recipe:\n"
         "  fdscale evaluate clip_vit_base_300_finetune --weights clip_b_ft.pth --set data.heldout_shards=..."
     )
-    text = "measure a classifier's accuracy on the held-out set, each image once"
+    text = "measure a classifier's or segmenter's accuracy on the held-out set, each image once"
     sub = verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)
     where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
     sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
@@ -265,7 +265,10 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
         "  fdscale shards make ~/imagenet-1k shards/val --split validation --skip-damaged"
     )
     sub = verb(kinds, "make", "fdscale.pack:make", text, example)
-    source = "folder of images (class subfolders give labels), .csv, .tsv, .jsonl or .parquet, or Hugging Face folder"
+    source = (
+        "folder of images (class subfolders give labels), .csv, .tsv, .jsonl or .parquet, Hugging Face folder, or "
+        "folder with images/ and their masks in annotations/ (ADEChallengeData2016)"
+    )
     sub.add_argument("source", help=source)
     sub.add_argument("out", help="directory of the shards; must not exist")
     _shard_sizes(sub)

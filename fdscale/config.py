@@ -25,11 +25,17 @@ from fdscale import UserError
 from fdscale.keys import Config, Teacher
 from fdscale.strict import hints_of, nearest, read_yaml, section, value_of
 
-VERBS = {"distill": "distill", "cache": "distill", "finetune": "finetune", "evaluate": "finetune"}  # and their tasks
-UNUSED = {
-    "distill": ("classify",),
-    "finetune": ("teacher", "teachers", "objective", "cache"),
-}  # sections that a task leaves aside
+VERBS = {  # and their tasks
+    "distill": ("distill",),
+    "cache": ("distill",),
+    "finetune": ("finetune", "segment"),
+    "evaluate": ("finetune", "segment"),
+}
+UNUSED = {  # sections that a task leaves aside
+    "distill": ("classify", "segment"),
+    "finetune": ("teacher", "teachers", "objective", "cache", "segment"),
+    "segment": ("teacher", "teachers", "objective", "cache", "classify"),
+}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -134,6 +140,8 @@ def _override_section(section: Any, keys: list[str], value: Any, prefix: str, wh
 
 def task_of(config: Config) -> str:
     """What a recipe is for, a key of UNUSED."""
+    if config.segment.classes is not None:
+        return "segment"
     return "distill" if config.classify.classes is None else "finetune"
 
 
@@ -150,20 +158,22 @@ def key_of(name: str) -> str:
 def check_verb(config: Config, verb: str) -> None:
     """Raise UserError where a verb is given a recipe of another kind."""
     task, wanted = task_of(config), VERBS.get(verb)
-    if wanted == "distill" and task != wanted:
-        raise UserError(
-            f"the recipe is for fine-tuning (classify.classes is {config.classify.classes}): run it with `fdscale "
-            "finetune`, or set classify.classes=null"
-        )
-    if wanted == "finetune" and task != wanted:
+    if wanted is None or task in wanted:
+        return
+    if task == "distill":
         raise UserError(
             f"the recipe is for distillation (classify.classes is not set), and `fdscale {verb}` needs the number of "
             "classes: take a recipe for fine-tuning (`fdscale recipes`), or --set classify.classes=1000"
         )
+    key = "classify" if task == "finetune" else "segment"
+    raise UserError(
+        f"the recipe is for fine-tuning ({key}.classes is {getattr(config, key).classes}): run it with `fdscale "
+        f"finetune`, or set {key}.classes=null"
+    )
 
 
 def together(config: Config) -> int:
-    """Consecutive samples that must be in one micro-batch: fine-tuning mixes pairs (`data.mixing`)."""
+    """Consecutive samples that must be in one micro-batch: a classifier's training mixes pairs (`data.mixing`)."""
     return 2 if task_of(config) == "finetune" else 1
 
 
@@ -186,8 +196,10 @@ def check(config: Config, where: str) -> None:
             f"{where}: cache.features and cache.dtype need cache.epochs, the epochs after which samples repeat"
         )
     _check_teachers(config, where)
-    if task_of(config) == "finetune" and cache.epochs is not None:
+    if task_of(config) != "distill" and cache.epochs is not None:
         raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
+    if config.segment.classes is not None and config.classify.classes is not None:
+        raise UserError(f"{where}: classify.classes and segment.classes are both set; set the other to null")
     if config.classify.head != "fresh" and config.student.weights is None:
         raise UserError(
             f"{where}: classify.head is {config.classify.head}, but student.weights, which holds it, is not set"
@@ -197,10 +209,13 @@ def check(config: Config, where: str) -> None:
             f"{where}: memory.micro_batch is {config.memory.micro_batch}; fine-tuning mixes samples in pairs and needs "
             "an even number"
         )
-    for name in ("scale", "ratio"):
-        low, high = getattr(config.data, name)
+    for key, (low, high) in (
+        ("data.scale", config.data.scale),
+        ("data.ratio", config.data.ratio),
+        ("segment.ratio", config.segment.ratio),
+    ):
         if not 0 < low <= high:
-            raise UserError(f"{where}: data.{name} must be two rising positive numbers, got [{low:g}, {high:g}]")
+            raise UserError(f"{where}: {key} must be two rising positive numbers, got [{low:g}, {high:g}]")
 
 
 def _check_teachers(config: Config, where: str) -> None:
@@ -272,6 +287,8 @@ def trajectory(config: Config) -> dict[str, Any]:
         excluded |= {"cache.epochs", "cache.dtype"}
     if config.student.linear == "same":
         excluded |= {"student.linear"}
+    if config.schedule.shape == "cosine":
+        excluded |= {"schedule.shape", "schedule.power"}
     teachers = teachers_of(config)
     if all(teacher.whiten != "phi_s" for teacher in teachers.values()):
         excluded |= {"objective.whiten_samples"}

@@ -1,4 +1,4 @@
-"""Evaluating a classifier on the held-out set: while it is fine-tuned, and by `fdscale evaluate`.
+"""Evaluating on the held-out set: a classifier while it is fine-tuned, and all kinds by `fdscale evaluate`.
 
 Each image counts exactly once on any number of ranks, and what cannot be read is left out and counted.
 """
@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdscale import UserError, config, dist, student
+from fdscale import UserError, config, dist, segment, student
 from fdscale.data.augment import eval_view
 from fdscale.data.index import Index
 from fdscale.engine import checkpoint, ema, memory
@@ -57,7 +57,10 @@ def main(
     watchdog.start()
     try:
         what = found if found is not None else str(weights)
-        report = measure(settings, what, averaged=ema, dtype=dtype, labels=labels, moves=watchdog.again)
+        pictures = None if out is None else Path(out).with_suffix("")
+        report = measure(
+            settings, what, averaged=ema, dtype=dtype, labels=labels, moves=watchdog.again, pictures=pictures
+        )
     finally:
         watchdog.stop()
     if dist.rank() == 0:
@@ -74,47 +77,60 @@ def measure(
     dtype: str = "float32",
     labels: str | None = None,
     moves: Callable[[], object] = lambda: None,
+    pictures: Path | None = None,
 ) -> dict[str, Any]:
     """The accuracy of a checkpoint, or of a file of weights, on the held-out set, as plain data; a collective.
 
     averaged: take the average of the weights. labels: a file of `tasks.labels`, in place of those of the set. moves:
-    called with each micro-batch. Raises UserError for what cannot be
-    evaluated.
+    called with each micro-batch. pictures: of a segmenter, a folder for some predictions. Raises UserError for what
+    cannot be evaluated.
     """
     config.check_verb(settings, "evaluate")
     index = open_heldout(settings.data)
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
-    assert settings.classify.classes is not None
-    others = None if labels is None else read_labels(labels, settings.classify.classes)
-    classifier = student.build_classifier(settings, student.build(settings, training=False))
-    memory.agree_on_kernels(classifier)
-    file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
-    loaded = student.trained_backbone(settings, file) | student.trained_head(classifier, file)
     precision = getattr(torch, dtype)
-    materialise(classifier, lambda name, shape: loaded[name](), precision, dist.device())
-    accuracy, left_out = _with_progress(settings, index, classifier.eval(), precision, moves, others)
+    if config.task_of(settings) == "segment":
+        if labels is not None:
+            raise UserError("--labels is for classifiers; masks are in the shards")
+        build: Callable[..., nn.Module] = student.build_segmenter
+        work: Callable[..., Any] = functools.partial(segment.evaluate, pictures=pictures)
+        describe: Callable[..., dict[str, Any]] = segment.report
+    else:
+        assert settings.classify.classes is not None
+        others = None if labels is None else read_labels(labels, settings.classify.classes)
+        build, describe = student.build_classifier, _report
+        work = functools.partial(evaluate, labels=others)
+    module = build(settings, student.build(settings, training=False))
+    _load(settings, module, weights, averaged, precision)
+    found, left_out = _with_progress(
+        settings, index, moves, lambda go_on: work(settings, index, module, precision, go_on)
+    )
     return {
-        "top1": accuracy.top1,
-        "top5": accuracy.top5,
-        "loss": accuracy.loss,
-        "samples": accuracy.samples,
+        **describe(settings, found, names_of_classes(index)),
         "left_out": left_out,
         "samples_in_set": index.samples,
         "weights": str(weights),
         "averaged": averaged,
         "dtype": dtype,
         "image_size": settings.data.image_size,
-        "crop_ratio": settings.classify.crop_ratio,
-        "crops": settings.classify.crops,
         "labels": labels,
         "interpolation": settings.data.interpolation,
-        "statistics": settings.classify.statistics,
         "heldout_shards": settings.data.heldout_shards,
         "content of data.heldout_shards": index.fingerprint,
-        "classes": _per_class(accuracy, index),
-        "confusion": accuracy.confusion.tolist(),
     }
+
+
+def _load(
+    settings: config.Config, module: nn.Module, weights: Path | str, averaged: bool, precision: torch.dtype
+) -> None:
+    """Bring a network from the meta device to this rank's, with these weights, for evaluation."""
+    memory.agree_on_kernels(module)
+    file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
+    loaded = student.trained_backbone(settings, file) | student.trained_head(module, file)
+    student.fill_buffers(module, file)
+    materialise(module, lambda name, shape: loaded[name](), precision, dist.device())
+    module.to(dist.device()).eval()
 
 
 def find(
@@ -141,12 +157,10 @@ def find(
 def _with_progress(
     settings: config.Config,
     index: Index,
-    classifier: nn.Module,
-    dtype: torch.dtype,
     moves: Callable[[], object],
-    labels: Labels | None,
-) -> tuple[Accuracy, list[dict[str, str]]]:
-    """The accuracy, with a bar on rank 0, and the samples of all ranks that could not be read."""
+    work: Callable[[Callable[[dict[str, Any]], bool]], Any],
+) -> tuple[Any, list[dict[str, str]]]:
+    """What work(go_on) finds, with a bar on rank 0, and the samples of all ranks that could not be read."""
     samples = min(settings.data.heldout_samples or index.samples, index.samples)
     lost: dict[int, Any] = {}  # those that fill up the last micro-batches come again
 
@@ -160,19 +174,23 @@ def _with_progress(
     console = Console(stderr=True)
     with Progress(*columns, console=console, transient=True, disable=dist.rank() != 0) as progress:
         task = progress.add_task("", total=samples)
-        accuracy = evaluate(settings, index, classifier, dtype, go_on, labels)
-    assert accuracy is not None
+        found = work(go_on)
+    assert found is not None
     everywhere = {number: one for part in dist.gather(lost) for number, one in part.items()}
     rows = [everywhere[number] for number in sorted(everywhere)]
-    return accuracy, [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in rows]
+    return found, [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in rows]
 
 
-def _per_class(accuracy: Accuracy, index: Index) -> list[dict[str, Any]]:
-    """A row for each class; names where classes.json lies beside the shards."""
-    names: list[str] = []
+def names_of_classes(index: Index) -> list[str]:
+    """By number, where classes.json lies beside the shards."""
     with contextlib.suppress(OSError, ValueError):
-        names = json_module.loads((Path(index.root) / "classes.json").read_text())
-    return [
+        return json_module.loads((Path(index.root) / "classes.json").read_text())
+    return []
+
+
+def _report(settings: config.Config, accuracy: Accuracy, names: list[str]) -> dict[str, Any]:
+    """An accuracy as plain data, a row for each class."""
+    rows = [
         {
             "class": number,
             **({"name": names[number]} if number < len(names) else {}),
@@ -181,6 +199,17 @@ def _per_class(accuracy: Accuracy, index: Index) -> list[dict[str, Any]]:
         }
         for number, (right, count) in enumerate(accuracy.per_class.tolist())
     ]
+    return {
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "loss": accuracy.loss,
+        "samples": accuracy.samples,
+        "crop_ratio": settings.classify.crop_ratio,
+        "crops": settings.classify.crops,
+        "statistics": settings.classify.statistics,
+        "classes": rows,
+        "confusion": accuracy.confusion.tolist(),
+    }
 
 
 def _default_out(found: Path | None, averaged: bool) -> str | None:
@@ -208,9 +237,13 @@ def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
         print(f"left out: {one['shard']}: sample '{one['key']}': {one['reason']}", file=sys.stderr)
     if len(report["left_out"]) > SHOWN:
         print(f"left out: {len(report['left_out']) - SHOWN} more", file=sys.stderr)
+    if "miou" in report:
+        found = f"mIoU {report['miou']:.2%}, mAcc {report['macc']:.2%}, aAcc {report['aacc']:.2%}"
+    else:
+        found = f"top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%}, loss {report['loss']:.4f}"
     print(
-        f"{report['weights']}: top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%}, loss {report['loss']:.4f} on "
-        f"{report['samples']} of {report['samples_in_set']} images ({len(report['left_out'])} could not be read)"
+        f"{report['weights']}: {found} on {report['samples']} of {report['samples_in_set']} images "
+        f"({len(report['left_out'])} could not be read)"
     )
     if out is not None:
         print(f"per class: {out}")

@@ -24,7 +24,7 @@ from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
 from fdscale.models import convert
 from fdscale.run import write_atomically
-from fdscale.student import PREFIX, backbone, build_classifier, find_checkpoint
+from fdscale.student import PREFIX, backbone, build_classifier, build_segmenter, find_checkpoint
 
 PROJECTOR = "projector."  # of a distillation, which is not exported
 SUFFIX = ".safetensors"
@@ -105,37 +105,47 @@ def export(
 def student(reader: Reader, names: str, found: Path) -> tuple[dict[str, tuple[str, torch.Size]], dict[str, str]]:
     """Exported name -> the checkpoint's name and shape, for all of the student; and what to say about them.
 
-    Of a classifier that is the head, too. Raises UserError where the checkpoint and its config do not fit.
+    Of a classifier that is the head, too, and of a segmenter its heads with their buffers. Raises UserError where the
+    checkpoint and its config do not fit.
     """
     settings = config.from_dict(reader.state["config"], str(found / "state.json"))
     model = backbone(settings)
     shapes = {f"{PREFIX}{name}": parameter.shape for name, parameter in model.named_parameters()}
     # Renaming keeps the order, one name for one parameter.
     origins = dict(zip(convert.export(model, names), shapes.items(), strict=True))
-    if config.task_of(settings) == "finetune":
-        for name, parameter in build_classifier(settings, model).named_parameters():
+    task = config.task_of(settings)
+    if task != "distill":
+        whole = build_classifier(settings, model) if task == "finetune" else build_segmenter(settings, model)
+        for name, parameter in whole.named_parameters():
             if name not in shapes:
                 shapes[name] = parameter.shape
                 origins[head_name(name, names, settings.student.model)] = (name, parameter.shape)
     kept = {name: shape for name, shape in reader.state["parameters"].items() if not name.startswith(PROJECTOR)}
     if kept != {name: list(shape) for name, shape in shapes.items()}:
         raise UserError(f"{found}: its student is not the one that its config describes")
+    if task == "segment":
+        origins |= {name: (name, value.shape) for name, value in reader.buffers()}
     step, model_name = str(reader.state["step"]), settings.student.model
     return origins, {"fdscale": __version__, "step": step, "model": model_name, "names": names}
 
 
 def head_name(name: str, names: str, model: str) -> str:
     """What others call a parameter of the norm or the head: BEiT as we do, timm's Swin has head.fc."""
-    return name.replace("head.", "head.fc.") if (names, model) == ("timm", "swin_v2") else name
+    plain = name.startswith("head.") and (names, model) == ("timm", "swin_v2")
+    return name.replace("head.", "head.fc.") if plain else name
 
 
 def values(
     reader: Reader, origins: dict[str, tuple[str, torch.Size]], part: dict[str, Tensor], key: str
 ) -> Iterator[Tensor]:
-    """The parameters of one file, one after the other."""
+    """The tensors of one file, one after the other."""
+    buffers = dict(reader.buffers())
     for name, form in part.items():
         origin = origins[name][0]
-        value = reader.full(origin, key if key in reader.keys(origin) else "fp32")  # frozen ones have no average
+        if origin in buffers:
+            value = buffers[origin]
+        else:
+            value = reader.full(origin, key if key in reader.keys(origin) else "fp32")  # frozen ones have no average
         rounded = value.to(form.dtype)
         if form.dtype == torch.float16 and not rounded.isfinite().all():
             raise UserError(f"{origin} reaches {value.abs().max().item():g}, which float16 cannot hold; take bfloat16")

@@ -1,4 +1,4 @@
-"""Fine-tuning a distilled backbone as a classifier of images."""
+"""Fine-tuning a distilled backbone: as a classifier of images, here, or of their pixels (`fdscale.segment`)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from fdscale.data.randaugment import RandAugment
 from fdscale.engine.metrics import Work
 from fdscale.evaluate import HeldOut
 from fdscale.inputs import MEAN, normalise, open_inputs, to_device, training_batches, training_samples
-from fdscale.job import run_job
+from fdscale.job import Task, run_job
 from fdscale.run import Run
+from fdscale.segment import Segmentation
 
 
 def main(recipe: str, run: str, steps: int | None, set: list[str], ds: str | None, resume: str | None) -> int:
@@ -38,8 +39,13 @@ def finetune(
 ) -> int:
     """Run or continue a fine-tuning; returns the process's exit code."""
     config.check_verb(settings, "finetune")
-    build = functools.partial(Classification, settings, dist.world())
+    build = functools.partial(task_for, settings, dist.world())
     return run_job(build, directory, ds=ds, stop_at=stop_at, resume=resume, saves=saves)
+
+
+def task_for(settings: config.Config, world: int) -> Task:
+    """The task that a recipe for fine-tuning describes. Raises UserError where its data cannot be had."""
+    return Classification(settings, world) if config.task_of(settings) == "finetune" else Segmentation(settings, world)
 
 
 class Classification:

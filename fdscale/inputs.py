@@ -168,19 +168,27 @@ def training_batches(
 
 
 def heldout_batches(
-    settings: config.Config, index: Index, view: Callable[[bytes], Tensor], classes: int | None = None
+    settings: config.Config,
+    index: Index,
+    view: Callable[..., Any],
+    classes: int | None = None,
+    masks: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """This rank's micro-batches of views of the held-out samples, each exactly once over all ranks."""
+    """This rank's micro-batches of views of the held-out samples, each exactly once over all ranks.
+
+    masks: with masks, and as images keep their sizes one at a time.
+    """
     return evaluation_batches(
         index,
         view,
         limit=settings.data.heldout_samples,
-        micro_batch=settings.memory.micro_batch,
+        micro_batch=1 if masks else settings.memory.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         workers=settings.data.workers,
         pin_memory=torch.cuda.is_available(),
         classes=classes,
+        masks=masks,
     )
 
 

@@ -24,7 +24,7 @@ from fdscale.engine.initialize import initialize, prepare_environment, read_ds_c
 from fdscale.engine.metrics import Meter, Work, peak_flops
 from fdscale.engine.room import Room, open_room
 from fdscale.engine.saver import Saver
-from fdscale.engine.schedule import cosine
+from fdscale.engine.schedule import cosine, poly
 from fdscale.inputs import Inputs
 from fdscale.kernels import check
 from fdscale.recovery import Recovery
@@ -293,7 +293,7 @@ def _train(
     run.start_progress(state.step, last)
     assert schedule.steps is not None
     lr = functools.partial(
-        cosine,
+        cosine if schedule.shape == "cosine" else functools.partial(poly, power=schedule.power),
         steps=schedule.steps,
         lr=optim.lr,
         min_lr=schedule.min_lr,

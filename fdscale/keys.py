@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fdscale.keys_segment import Segment
 from fdscale.strict import option
 
 
@@ -221,8 +222,14 @@ class Optim:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Cosine with linear warm-up, as timm's CosineLRScheduler; lengths in steps, or in epochs of the data."""
+    """The learning rate, with linear warm-up; lengths in steps, or in epochs of the data."""
 
+    shape: str = option(
+        "cosine",
+        "cosine, as timm's CosineLRScheduler, or poly, mmsegmentation's: (1 - step / steps) ^ power",
+        choices=("cosine", "poly"),
+    )
+    power: float = option(1.0, "exponent of poly; 1: linear", low=0.0)
     steps: int | None = option(None, "steps of the whole run", low=1)
     epochs: float | None = option(None, "the same in epochs", low=0.0)
     warmup_steps: int | None = option(None, "steps of linear warm-up", low=0)
@@ -349,6 +356,7 @@ class Config:
     teachers: dict[str, Teacher] = field(default_factory=dict)  # several by name, and then no `teacher`
     objective: Objective = field(default_factory=Objective)
     classify: Classify = field(default_factory=Classify)
+    segment: Segment = field(default_factory=Segment)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)

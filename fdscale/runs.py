@@ -21,6 +21,7 @@ DEPTH = 4  # levels of directories below a given one that are looked through
 TAIL_BYTES = 2**18  # of metrics.jsonl
 STARTING = ("import", "init", "build", "load", "data", "first_step")
 STATES = {0: "done", 3: "diverged", 74: "hung", 75: "stopped", 76: "fenced"}
+SHARES = (("heldout_top1", "top-1"), ("heldout_miou", "mIoU"))  # shown where a run has them
 COLOURS = {"running": "green", "starting": "green", "done": "cyan", "stopped": "yellow", "paused": "yellow"}
 
 
@@ -120,7 +121,7 @@ def newest_whole(checkpoints: Path) -> int | None:
 
 def _last_values(metrics: Path) -> dict[str, Any]:
     """The last loss, held-out loss and speed in a log that may be torn, or written to just now."""
-    values: dict[str, Any] = {"loss": None, "heldout_loss": None, "heldout_top1": None, "images_per_s": None}
+    values: dict[str, Any] = dict.fromkeys(("loss", "heldout_loss", *(key for key, _ in SHARES), "images_per_s"))
     with contextlib.suppress(FileNotFoundError), metrics.open("rb") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
         for line in file.read().splitlines():
@@ -188,13 +189,13 @@ def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    classified = any(row["heldout_top1"] is not None for row in rows)
+    shown = [(key, name) for key, name in SHARES if any(row[key] is not None for row in rows)]
     numbers = (
         "step",
         "saved",
         "loss",
         "held-out",
-        *(["top-1"] if classified else []),
+        *(name for _, name in shown),
         "images/s",
         "restarts",
         "goodput",
@@ -209,7 +210,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             _shown(row["checkpoint_step"], "{:d}"),
             _shown(row["loss"], "{:.4f}"),
             _shown(row["heldout_loss"], "{:.4f}"),
-            *([_shown(row["heldout_top1"], "{:.2%}")] if classified else []),
+            *(_shown(row[key], "{:.2%}") for key, _ in shown),
             _shown(row["images_per_s"], "{:.1f}"),
             str(row["restarts"]),
             _shown(row["goodput"], "{:.1%}"),

@@ -18,6 +18,7 @@ LINE = (
     ("loss", "loss {:.4f}"),
     ("heldout_loss", "held-out {:.4f}"),
     ("heldout_top1", "top-1 {:.2%}"),
+    ("heldout_miou", "mIoU {:.2%}"),
     ("heldout_trivial", "(constant predictor {:.4f})"),
     ("lr", "lr {:.2e}"),
     ("grad_norm", "grad norm {:.3f}"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdscale import UserError, config, dist
 from fdscale.engine import checkpoint, fp8, memory
@@ -24,6 +24,7 @@ from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.models.layers import ResidualNorm, initial_value
 from fdscale.tasks.classification import Classifier
+from fdscale.tasks.segmentation import Segmenter
 
 RESIZED = ("relative_position_bias_table", "pos_embed")  # what follows the image size, see `convert.fitted`
 PREFIX = "backbone."  # of the student's parameters in the module that is trained, and in its checkpoints
@@ -89,6 +90,23 @@ def build_classifier(settings: config.Config, student: Any) -> Classifier:
         return Classifier(student, settings.classify.classes, settings.classify.head_scale)
 
 
+def build_segmenter(settings: config.Config, student: Any) -> Segmenter:
+    """A backbone with UPerNet for `segment.classes`, on the meta device."""
+    segment = settings.segment
+    assert segment.classes is not None
+    with torch.device("meta"):
+        return Segmenter(
+            student,
+            segment.classes,
+            segment.channels,
+            segment.auxiliary_channels,
+            segment.auxiliary_weight,
+            segment.dropout,
+            segment.norm,
+            settings.student.seed,
+        )
+
+
 def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
     """First value of every parameter: from `student.weights` where there are any, else random by seed and name.
 
@@ -113,7 +131,7 @@ class Weights(NamedTuple):
     """Tensors by whatever names they have, and the config of the run that they are of, if they are of one.
 
     Large ones are read when they are needed: what a file holds is mapped, and of a checkpoint they are on the meta
-    device, with `later` to read them (by `id`).
+    device, with `later` to read them (by `id`). Buffers of a checkpoint are among them.
     """
 
     tensors: dict[str, Tensor]
@@ -136,15 +154,14 @@ def trained_backbone(settings: config.Config, weights: Weights) -> dict[str, Cal
     return {f"{PREFIX}{name}": functools.partial(weights.whole, tensor) for name, tensor in fitted.items()}
 
 
-def trained_head(
-    classifier: Classifier, weights: Weights, rows: list[int] | None = None
-) -> dict[str, Callable[[], Tensor]]:
-    """The same of norm and head of a classifier, from weights under ours, BEiT's, official Swin's or timm's names.
+def trained_head(module: nn.Module, weights: Weights, rows: list[int] | None = None) -> dict[str, Callable[[], Tensor]]:
+    """The same of what a classifier or segmenter has besides its backbone, from weights under ours, BEiT's, official
+    Swin's or timm's names.
 
     rows: of the classes of the weights, those to take. Raises UserError where they are missing or do not fit.
     """
     values: dict[str, Callable[[], Tensor]] = {}
-    for name, parameter in classifier.named_parameters():
+    for name, parameter in module.named_parameters():
         if name.startswith(PREFIX):
             continue
         value = weights.tensors.get(name, weights.tensors.get(name.replace("head.", "head.fc.")))
@@ -152,14 +169,32 @@ def trained_head(
             if max(rows) >= len(value):
                 raise UserError(f"classify.head names class {max(rows)}, and the head of the weights has {len(value)}")
             value = value[torch.tensor(rows)]
-        if value is None or value.shape != parameter.shape:
-            what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
-            raise UserError(
-                f"the weights of {name} {what}; expected {tuple(parameter.shape)}: give weights of a whole classifier "
-                "of as many classes as classify.classes says"
-            )
+        _check_fit(name, value, parameter, module)
+        assert value is not None
         values[name] = functools.partial(weights.whole, value)
     return values
+
+
+def fill_buffers(module: nn.Module, weights: Weights) -> None:
+    """Give the persistent buffers of a classifier or segmenter their values, those of batch-norms.
+
+    Raises UserError where they are missing or do not fit.
+    """
+    persistent = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in persistent:
+            _check_fit(name, weights.tensors.get(name), buffer, module)
+            buffer.copy_(weights.tensors[name])
+
+
+def _check_fit(name: str, value: Tensor | None, wanted: Tensor, module: nn.Module) -> None:
+    if value is None or value.shape != wanted.shape:
+        what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
+        kind, section = ("segmenter", "segment") if isinstance(module, Segmenter) else ("classifier", "classify")
+        raise UserError(
+            f"the weights of {name} {what}; expected {tuple(wanted.shape)}: give weights of a whole {kind} of as many "
+            f"classes as {section}.classes says"
+        )
 
 
 def head_rows(settings: config.Config) -> list[int] | None:
@@ -205,7 +240,7 @@ def read_checkpoint(found: Path, averaged: bool = False) -> Weights:
                     later[id(tensors[name])] = functools.partial(_read_one, reader, found, name, key)
                 else:
                     tensors[name] = reader.full(name, key)
-            return Weights(tensors, run, later)
+            return Weights(tensors | dict(reader.buffers()), run, later)
     except Damaged as damage:
         raise UserError(f"{found}: {damage}") from None
 
@@ -242,11 +277,12 @@ def find_checkpoint(source: Path) -> Path:
     return found
 
 
-def work_per_image(settings: config.Config, student: Any, teacher_flops: int = 0) -> Work:
-    """FLOPs of training on one image, for MFU. teacher_flops: multiply-adds of a teacher that runs beside."""
+def work_per_image(settings: config.Config, student: Any, teacher_flops: int = 0, heads: int = 0) -> Work:
+    """FLOPs of training on one image, for MFU. teacher_flops: multiply-adds of a teacher that runs beside; heads: of
+    what stands behind the backbone."""
     size = (settings.data.image_size,) * 2
     forward = 2 * student.flops(size)
     kinds = memory.per_stage(settings.memory.checkpoint, student.depths, "memory.checkpoint")
     # Blocks of a stage are alike, and in these networks stages cost nearly the same per block.
     recomputed = forward * sum(kind != "none" for kind in kinds) // len(kinds)
-    return Work(student=3 * forward, teacher=2 * teacher_flops, recomputed=recomputed)
+    return Work(student=3 * (forward + 2 * heads), teacher=2 * teacher_flops, recomputed=recomputed)

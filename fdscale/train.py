@@ -19,6 +19,7 @@ from fdscale.engine.metrics import Meter
 from fdscale.engine.optim import set_lr
 from fdscale.engine.paces import slowest
 from fdscale.engine.saver import Saver
+from fdscale.engine.state import Buffers
 from fdscale.keys import Log, Save
 from fdscale.run import Run
 from fdscale.watchdog import SLACK
@@ -60,14 +61,14 @@ def train(
     returns False where it cannot. save begins to save `state`, through the saver.
     """
     saver.saved_step, stream = state.step, Stream(open_stream)
-    stuck = functools.partial(_stuck, run, meter, guard, stream, go_back)
+    stuck, buffers = functools.partial(_stuck, run, meter, guard, stream, go_back), Buffers(engine)
 
     try:
         while state.step < stop_at and not run.should_stop(state.step) and not stuck():
             run.watchdog.at("an earlier save")
             saver.poll()
             set_lr(engine.optimizer, schedule(state.step))
-            void = _step(engine, stream.at(state.samples), prepare, blank, run, meter, saver)
+            void = _step(engine, stream.at(state.samples), prepare, blank, run, meter, saver, buffers)
             if void and dist.world() == 1:
                 run.tell("stop")
                 break
@@ -150,6 +151,7 @@ def _step(
     run: Run,
     meter: Meter,
     saver: Saver,
+    buffers: Buffers,
 ) -> bool:
     """One step; returns whether it is void: this rank was told to stop and left its wait for data.
 
@@ -157,12 +159,14 @@ def _step(
     number, and nobody's weights change. A rank alone just leaves.
     """
     void, at = False, run.watchdog.at
+    buffers.keep()
     for _ in range(engine.gradient_accumulation_steps()):
         at("data")
         batch = None if void else meter.wait(lambda: run.wait(batches))
         void = batch is None
         run.clock.mark_once("data")
         if void and dist.world() == 1:
+            buffers.settle(False)
             return True
         at("inputs")
         inputs = blank() if void else meter.prepare(prepare, batch)
@@ -176,6 +180,7 @@ def _step(
             saver.before_update()
         engine.step()
         meter.add(loss, getattr(engine.module, "losses", {}))
+    buffers.settle(was_applied(engine))
     return void
 
 

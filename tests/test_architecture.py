@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
 APPS = {
-    "assemble", "distill", "finetune", "evaluate", "probe", "submit", "export", "cache", "catalog", "doctor", "pack",
-    "demo", "demo_finetune", "bench", "runs", "plan", "tune",
+    "assemble", "distill", "finetune", "segment", "evaluate", "probe", "submit", "export", "cache", "catalog", "doctor",
+    "pack", "demo", "demo_finetune", "bench", "runs", "plan", "tune",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "kernels": set(),
     "dist": set(),
     "strict": set(),
-    "keys": {"strict"},
+    "keys": {"strict", "keys_segment"},
+    "keys_segment": {"strict"},
     "config": {"strict", "keys"},
     "data": set(),
     "models": {"kernels"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,32 @@ def test_every_field_has_a_meaning() -> None:
     for key, default, entry in config.fields():
         assert len(entry.metadata["doc"]) > 5, key
         assert default == getattr(getattr(config.Config(), key.split(".")[0]), key.split(".")[1])
+
+
+def test_a_new_shape_of_schedule_leaves_old_runs_as_they_were() -> None:
+    settings = config.load("demo")
+    assert not {"schedule.shape", "schedule.power"} & config.trajectory(settings).keys()
+    poly = config.trajectory(config.load("demo", ["schedule.shape=poly", "schedule.power=0.9"]))
+    assert (poly["schedule.shape"], poly["schedule.power"]) == ("poly", 0.9)
+
+
+def test_a_task_is_fixed_by_its_own_sections() -> None:
+    """Segmentation by segment, not by classify; keys of evaluation alone do not count."""
+    segments = config.load("upernet_vit_base")
+    assert config.task_of(segments) == "segment"
+    assert config.together(segments) == 1
+    kept = config.trajectory(segments)
+    assert {key.partition(".")[0] for key in kept} == {"student", "segment", "data", "optim", "schedule"}
+    for change in ("segment.inference=whole", "segment.stride=100", "segment.mirror=true", "segment.scales=[1, 2]"):
+        assert config.trajectory(config.load("upernet_vit_base", [change])) == kept
+    assert config.trajectory(config.load("upernet_vit_base", ["segment.norm=group"])) != kept
+    assert not any(key.startswith("segment.") for key in config.trajectory(config.load("demo_finetune")))
+    for change, says in (
+        ("segment.ratio=[2, 1]", "segment.ratio must be two rising"),
+        ("segment.classes=255", "segment.classes must be at most 254"),
+        ("segment.scales=[]", "segment.scales"),
+        ("segment.inference=slid", "did you mean 'slide'"),
+        ("classify.classes=3", "both set"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            config.load("upernet_vit_base", [change])

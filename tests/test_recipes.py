@@ -10,9 +10,11 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import scenes
 import torch
 
 from fdscale import config, keys, student
@@ -53,7 +55,14 @@ FINETUNED = {
     "clip_vit_large_300_22k_finetune": 303_308_288,
     "clip_vit_large_300_336_finetune": 303_308_288 + 24 * 16 * (47**2 - 31**2),  # tables of 24 x 24 tokens, not 16 x 16
 }
-IMAGES = {"1.28 M": 1_281_167, "14.2 M": 14_197_122}  # of ImageNet-1K and 22K, as the headers name them
+# Position tables of 32 x 32 and 37 x 37 tokens.
+SEGMENTED = {
+    "upernet_vit_base": 85_760_448 + 12 * 12 * (63**2 - 27**2),
+    "upernet_vit_large": 303_308_288 + 24 * 16 * (73**2 - 31**2),
+    "upernet_swinv2_base": 86_893_816,
+    "upernet_swinv2_g": 2_997_843_680,
+}
+IMAGES = {"1.28 M": 1_281_167, "14.2 M": 14_197_122, "20 210": 20_210}  # of ImageNet-1K, 22K and ADE20K
 GIANTS = {
     # tokens a side of the student and of the teacher, and how those are brought to these; the teacher's width, GMACs
     "swinv2_g": (6, 6, None, 4096, 370.7),
@@ -93,12 +102,12 @@ def vit_count(width: int, depth: int, patch: int, heads: int, grid: int) -> int:
 
 
 def test_all_recipes_are_counted() -> None:
-    assert set(config.recipes()) == {*COUNTS, *FINETUNED, "demo", "demo_finetune"}
+    assert set(config.recipes()) == {*COUNTS, *FINETUNED, *SEGMENTED, "demo", "demo_finetune"}
 
 
-@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED])
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *SEGMENTED])
 def test_parameters_on_the_meta_device(name: str) -> None:
-    assert parameters(config.load(name)) == {**COUNTS, **FINETUNED}[name]
+    assert parameters(config.load(name)) == {**COUNTS, **FINETUNED, **SEGMENTED}[name]
 
 
 def test_vit_counts_are_the_closed_form() -> None:
@@ -206,28 +215,29 @@ def test_the_teacher_is_known_and_its_tokens_meet_the_students(name: str, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED])
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *SEGMENTED])
 def test_the_cost_in_the_header_is_that_of_the_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps from images, epochs and batch; FLOP of 3 forwards, of the teacher's and of what is recomputed."""
     settings, text = config.load(name), config.recipes()[name].read_text()
     images = next(count for said, count in IMAGES.items() if f"{said} images" in text)
-    found = re.search(r"# Cost: ([\d ]+) steps; ([\d.]+) TFLOP per image, ([\d.e+]+) in all: ([\d ]+) A100-days?", text)
+    found = re.search(
+        r"# Cost: ([\d ]+) steps; ([\d.]+) TFLOP per image, ([\d.e+]+) in all: ([\d .]+) A100-days?", text
+    )
     assert found
     steps, per_image, total, days = (float(word.replace(" ", "")) for word in found.groups())
-    assert (
-        config.in_steps(settings, images).schedule.steps
-        == steps
-        == round(settings.schedule.epochs * images / settings.optim.batch_size)
-    )
+    epochs, batch = settings.schedule.epochs, settings.optim.batch_size
+    assert config.in_steps(settings, images).schedule.steps == steps
+    assert steps == (settings.schedule.steps if epochs is None else round(epochs * images / batch))
     size = (settings.data.image_size,) * 2
     network = backbone(settings)
     forward = 2 * network.flops(size)
-    known = {} if name in FINETUNED else weightless(settings, monkeypatch)
+    known = weightless(settings, monkeypatch) if name in COUNTS else {}
+    heads = student.build_segmenter(settings, network).head_flops(size) if name in SEGMENTED else 0
     teacher = 2 * sum(one.flops(size) for one in known.values())
     again = forward if settings.memory.checkpoint == ("torch",) else 0
-    wanted = 3 * forward + teacher + again
+    wanted = 3 * (forward + 2 * heads) + teacher + again
     assert per_image * 1e12 == pytest.approx(wanted, rel=0.06)
-    assert sum(dataclasses.astuple(student.work_per_image(settings, network, teacher // 2))) == wanted
+    assert sum(dataclasses.astuple(student.work_per_image(settings, network, teacher // 2, heads))) == wanted
     assert total == pytest.approx(wanted * steps * settings.optim.batch_size, rel=0.06)
     assert days == pytest.approx(wanted * steps * settings.optim.batch_size / (0.4 * 312e12 * 86400), rel=0.06, abs=0.5)
 
@@ -272,12 +282,50 @@ def test_the_path_over_imagenet_22k() -> None:
     assert backbone(last).grid((336, 336)) == (24, 24)
 
 
-@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, "demo", "demo_finetune"])
+@pytest.mark.parametrize(
+    ("name", "lr", "decay", "layer_decay", "drop_path", "steps", "batch", "warmup", "size"),
+    [
+        ("vit_base", 7e-4, 0.05, 0.65, 0.1, 160_000, 16, 1500, 512),  # microsoft/unilm beit/semantic_segmentation
+        ("swinv2_base", 6e-5, 0.01, 1.0, 0.3, 160_000, 16, 1500, 512),  # Swin-Transformer-Semantic-Segmentation
+        ("swinv2_g", 4e-5, 0.05, 1.0, 0.4, 80_000, 32, 750, 640),  # arXiv 2111.09883
+    ],
+)
+def test_segmentation_numbers_are_the_published_ones(
+    name: str, lr: float, decay: float, layer_decay: float, drop_path: float, steps: int, batch: int, warmup: int,
+    size: int,
+) -> None:  # fmt: skip
+    settings = config.load(f"upernet_{name}")
+    optim, schedule, segment = settings.optim, settings.schedule, settings.segment
+    assert (optim.lr, optim.weight_decay, optim.layer_decay, optim.batch_size) == (lr, decay, layer_decay, batch)
+    assert settings.student.args["drop_path_rate"] == drop_path
+    assert (schedule.shape, schedule.power, schedule.steps, schedule.warmup_steps) == ("poly", 1.0, steps, warmup)
+    assert (settings.data.image_size, segment.bounds) == (size, (4 * size, size))
+    assert (segment.classes, segment.reduce_zero_label, segment.norm, segment.auxiliary_weight) == (
+        150,
+        True,
+        "batch",
+        0.4,
+    )
+    assert (segment.ratio, segment.most_of_a_class, segment.distort, segment.dropout) == ((0.5, 2.0), 0.75, True, 0.1)
+
+
+def test_the_larger_window_of_swinv2_g_is_a_setting() -> None:
+    """What the header says for 896 px: 56 x 56 tokens a window, and a batch of any number of ranks up to 32."""
+    text = config.recipes()["upernet_swinv2_g"].read_text()
+    line = next(line for line in text.splitlines() if line.startswith("# At 896 px"))
+    changes = [word for word in shlex.split(line.partition(":")[2]) if word != "--set"]
+    settings = config.load("upernet_swinv2_g", changes)
+    assert [stage.blocks[0].attn.window[0] for stage in backbone(settings).layers] == [56, 56, 56, 28]
+    before = backbone(config.load("upernet_swinv2_g"))
+    assert [stage.blocks[0].attn.window[0] for stage in before.layers] == [40, 40, 40, 20]
+
+
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *SEGMENTED, "demo", "demo_finetune"])
 def test_the_header_says_source_command_and_expectation(name: str) -> None:
     text = config.recipes()[name].read_text()
     for part in ("# Source:", "# Command:", "# Expected:"):
         assert part in text
-    verb = "finetune" if "finetune" in name else "distill"
+    verb = "finetune" if "finetune" in name or name in SEGMENTED else "distill"
     assert "demo" in name or f"fdscale {verb} {name} " in text
 
 
@@ -350,6 +398,39 @@ def test_a_tiny_fine_tuning_takes_two_real_steps(name: str, digits: Path, tmp_pa
     assert records[-1]["heldout_samples"] == 10
     start = math.log(settings.classify.classes)  # a small head knows nothing yet
     assert records[1]["loss"] == pytest.approx(start, rel=0.02)
+    assert all(record["grad_norm"] > 0 for record in records[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEGMENTED)
+def test_a_tiny_segmentation_takes_two_real_steps(name: str, tmp_path: Path, process_group: None) -> None:
+    settings, change = config.load(name), dataclasses.replace
+    vit = settings.student.model == "vit"
+    small = (
+        SMALL_VIT | {"depth": 4} if vit else SHRINK["swinv2_g" if "_g" in name else "esvit_swinv2_base_300"]["student"]
+    )
+    size = 4 * settings.student.args["patch_size"] if vit else 64
+    scenes.write(tmp_path / "ADE", "training", 8, seed=1)
+    scenes.pack(tmp_path / "ADE", tmp_path / "shards", "training")
+    settings = change(
+        settings,
+        student=change(settings.student, args={**settings.student.args, **small}),
+        segment=change(settings.segment, channels=16, auxiliary_channels=16, bounds=(4 * size, size), stride=size // 2),
+        data=change(
+            settings.data, shards=(str(tmp_path / "shards"),), heldout_shards=str(tmp_path / "shards"),
+            heldout_samples=3, image_size=size, workers=0,
+        ),
+        optim=change(settings.optim, batch_size=4),
+        schedule=change(settings.schedule, steps=2, warmup_steps=1),
+        memory=change(settings.memory, micro_batch=2),
+        log=change(settings.log, every=1, tensorboard=False),
+    )  # fmt: skip
+    assert finetune(settings, tmp_path / "run") == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[-1]["heldout_samples"] == 3
+    assert records[1]["loss_decode"] < 1.2 * math.log(150)  # as a mean over all pixels, those beyond the edges too
+    assert records[1]["loss"] == pytest.approx(records[1]["loss_decode"] + 0.4 * records[1]["loss_auxiliary"])
     assert all(record["grad_norm"] > 0 for record in records[1:])
 
 

@@ -102,6 +102,19 @@ def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image.Image:
         return _upright(_opened(data, most_pixels))
 
 
+def decode_numbers(data: bytes, most_pixels: int = MOST_PIXELS) -> np.ndarray:
+    """The numbers (H, W) uint8 that the pixels of a PNG hold: grey values, or indices of its palette.
+
+    Raises Lost for what `decode` refuses, and for a PNG of another kind.
+    """
+    with _failures_are_lost(data):
+        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        _check_size(image.width, image.height, most_pixels)
+        if image.mode not in ("L", "P"):
+            raise Lost(f"the PNG is of mode {image.mode}, expected numbers of 8 bits: grey, or a palette's")
+        return np.array(image)
+
+
 def _opened(data: bytes, most_pixels: int) -> Image.Image:
     """With its size checked, not yet decoded."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)

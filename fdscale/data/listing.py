@@ -4,6 +4,7 @@
     list.csv, list.tsv, list.jsonl       a column of paths, relative to the table, and optionally labels and keys
     *.parquet                            the same, or the bytes of the images, or Hugging Face's {bytes, path}
     train/ test/ ...                     splits, each of which is any of these; metadata.csv or .jsonl is its table
+    images/ annotations/                 images and masks, see pairs.py
 
 Rows go into a file as they are found, so that millions of them need little memory: about 110 bytes each, mostly for
 telling keys apart.
@@ -21,11 +22,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from fdscale import UserError
+from fdscale.data.tables import read_csv, read_jsonl
 from fdscale.data.tar import IMAGE_EXTENSIONS, MOST_NAME, split_name
 
 MOST_TOLD = 10  # wrong rows spelled out in one error
 MOST_IMAGE_BYTES = 2**30  # of an image file
-MOST_LINE = 2**24  # bytes of a line of .jsonl
 PATH_COLUMNS = ("path", "file_name")
 IMAGE_COLUMNS = ("image", "img", "jpg", "bytes")  # of Parquet: Hugging Face's usual names
 SPLITS = re.compile(r"(train|test|val|valid|validation|dev|eval|training|testing|evaluation)([-_.\d].*)?")
@@ -34,7 +35,8 @@ SPLITS = re.compile(r"(train|test|val|valid|validation|dev|eval|training|testing
 class Row(NamedTuple):
     """A sample to pack: where its image lies. offset -1: `path` is the image file; else `size` bytes in it from there.
 
-    where: for messages, which row of which table it is.
+    where: for messages, which row of which table it is. mask: the PNG with the classes of its pixels, whose numbers are
+    at most `most`; "": it has none.
     """
 
     key: str
@@ -44,6 +46,8 @@ class Row(NamedTuple):
     extension: str
     cls: int | None
     where: str
+    mask: str = ""
+    most: int = 0
 
 
 class Columns(NamedTuple):
@@ -77,8 +81,18 @@ class Listing:
     def __len__(self) -> int:
         return len(self._at)
 
-    def add(self, path: str, label: str | int | None, where: str = "", key: str | None = None, name: str = "") -> None:
-        """Add an image file. label: a name, or a number. key: None for one made from `name`, the path by default."""
+    def add(
+        self,
+        path: str,
+        label: str | int | None,
+        where: str = "",
+        key: str | None = None,
+        name: str = "",
+        mask: str = "",
+        most: int = 0,
+    ) -> None:
+        """Add an image file. label: a name, or a number. key: None for one made from `name`, the path by default. mask,
+        most: see Row."""
         extension = os.path.splitext(path)[1][1:].lower()
         try:
             size = os.stat(path).st_size
@@ -92,7 +106,7 @@ class Listing:
         elif size > MOST_IMAGE_BYTES:
             self.refuse(f"{where}{path}: has {size} bytes, more than the {MOST_IMAGE_BYTES} that an image may have")
         else:
-            self.append(Row("", path, -1, size, extension, None, where), label, key, name or path)
+            self.append(Row("", path, -1, size, extension, None, where, mask, most), label, key, name or path)
 
     def append(self, row: Row, label: str | int | None, key: str | None, name: str) -> None:
         """Add a row whose image is known to be there; its key and class are filled in."""
@@ -109,7 +123,7 @@ class Listing:
             raise UserError(f"{row.where}the labels are of several kinds: names, numbers or none; expected one kind")
         key = self._key_of(name) if key is None else key
         self._at.append(self._end)
-        self._end += self._file.write(json.dumps([key, *row[1:5], number, row.where]).encode() + b"\n")
+        self._end += self._file.write(json.dumps([key, *row[1:5], number, *row[6:]]).encode() + b"\n")
 
     def give_classes(self, names: list[str], where: str) -> None:
         """Say what the classes are called whose numbers the labels are. Raises UserError if it was said otherwise."""
@@ -195,7 +209,7 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
     Raises UserError if there is nothing, if something listed is missing, empty or of an unknown kind, or if it is not
     clear what is meant.
     """
-    from fdscale.data import parquet
+    from fdscale.data import pairs, parquet
 
     nothing = f"{source}: no images there; expected one folder per class, or image files"
     if not os.path.isdir(source):
@@ -206,6 +220,10 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
         else:
             _from_table(source, columns, listing)
         listing.finish(f"{source}: lists no images")
+        return
+    if pairs.has_masks(source):
+        pairs.list_pairs(source, split, listing)
+        listing.finish(nothing)
         return
     folder, prefix, files = _split_of(source, split)
     table = next(iter(_tables_in(folder)), None)
@@ -292,7 +310,7 @@ def _walk(root: str, folder: str) -> Iterator[str]:
 
 
 def _from_table(path: str, columns: Columns, listing: Listing, prefix: str = "") -> None:
-    read = _read_jsonl if path.endswith(".jsonl") else _read_csv
+    read = read_jsonl if path.endswith(".jsonl") else read_csv
     try:
         names, rows = read(path)
         list_paths(path, names, rows, columns, listing, prefix)
@@ -354,35 +372,3 @@ def class_of(value: Any, column: str, where: str) -> str | int:
         f'{where}{column} is "{value}", expected a whole number (names: use a column "label"; to leave labels out: '
         "--label none)"
     )
-
-
-def _read_csv(path: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    file = open(path, encoding="utf-8-sig", newline="")  # noqa: SIM115 - closed when the rows are read
-    reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
-    names = list(reader.fieldnames or [])
-
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        with file:
-            for row in reader:
-                yield reader.line_num, row
-
-    return names, rows()
-
-
-def _read_jsonl(path: str) -> tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]:
-    def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        with open(path, "rb") as file:
-            line = 0
-            while text := file.readline(MOST_LINE):
-                line += 1
-                try:
-                    row = json.loads(text) if text.strip() else None
-                except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}, line {line}: is no JSON ({error})") from None
-                if row is not None and not isinstance(row, dict):
-                    raise UserError(f"{path}, line {line}: expected an object of columns")
-                if row:
-                    yield line, row
-
-    first = next(rows(), (0, {}))[1]
-    return list(first), rows()

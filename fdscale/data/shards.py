@@ -1,7 +1,8 @@
 """Making WebDataset shards from images.
 
 A shard is a plain tar; a sample is an image file, its bytes untouched unless asked otherwise, and, where classes are
-known, a member .cls with the number of the class in decimal. The same source gives the same bytes.
+known, a member .cls with the number of the class in decimal, or .seg.png with those of all pixels. The same source
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from fdscale.data.index import Index, open_index
 from fdscale.data.indexing import Progress, index
 from fdscale.data.listing import MOST_IMAGE_BYTES, Columns, Listing, Row, find
 from fdscale.data.order import check_seed, permutation
+from fdscale.data.pairs import read_mask
 from fdscale.data.parallel import parallel
 from fdscale.data.recode import Recoding, check_recoding, recode
 from fdscale.data.tar import Problem
@@ -46,9 +48,9 @@ def make(
     """Pack images into the new folder `out`: shard-000000.tar and so on, classes.json where classes have names, index.
 
     source: a folder of images, with or without one subfolder per class (numbered in the order of their names), a table
-    (.csv, .tsv, .jsonl, .parquet) that lists or holds images, or a Hugging Face data set, of which `split` is taken;
-    see listing.py. Keys are the paths without extension, further dots turned to "_"; a key that would come twice gets
-    a number, unless the table names it.
+    (.csv, .tsv, .jsonl, .parquet) that lists or holds images, a Hugging Face data set, or images and masks, of which
+    `split` is taken; see listing.py and pairs.py. Keys are the paths without extension, further dots turned to "_"; a
+    key that would come twice gets a number, unless the table names it.
     samples_per_shard or max_bytes: where a shard ends; 256 MiB by default. seed: shuffles the samples over the
     shards; None keeps their order (by path, or as in the table). recoding: every image is decoded to see that it is
     whole, and may be made smaller; see recode.py. skip_damaged: broken images are left out, listed in
@@ -149,10 +151,14 @@ def _prepare(job: tuple[list[Row], Recoding]) -> list[tuple[str, Members] | Prob
             raise UserError(f"{named}: cannot be read ({error.strerror})") from None
         try:
             image, extension = recode(data, row.extension, recoding)
+            members = {extension: image}
+            if row.mask:
+                if recoding.resize is not None:
+                    raise UserError("--resize would make the image smaller than its mask; leave it out")
+                members["seg.png"] = read_mask(row.mask, image, row.most, recoding.check)
         except UserError as error:
             prepared.append(Problem(named, row.key, str(error)))
             continue
-        members = {extension: image}
         if row.cls is not None:
             members["cls"] = str(row.cls).encode()
         prepared.append((row.key, members))

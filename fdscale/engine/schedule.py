@@ -19,3 +19,26 @@ def cosine(
     if step >= steps:
         return min_lr
     return min_lr + 0.5 * (lr - min_lr) * (1.0 + math.cos(math.pi * step / steps))
+
+
+def poly(
+    step: int,
+    *,
+    steps: int,
+    lr: float,
+    min_lr: float = 0.0,
+    warmup_steps: int = 0,
+    warmup_lr: float = 0.0,
+    power: float = 1.0,
+) -> float:
+    """(1 - step / steps) ^ power, of the whole run from lr to min_lr, times a linear warm-up.
+
+    The warm-up goes from warmup_lr / lr to 1 over warmup_steps and multiplies the rate that falls already, as mmcv's
+    PolyLrUpdaterHook with warmup="linear" does. After the last step the rate stays at min_lr.
+    """
+    if step >= steps:
+        return min_lr
+    rate = min_lr + (lr - min_lr) * (1.0 - step / steps) ** power
+    if step >= warmup_steps or lr == 0:
+        return rate
+    return rate * (1.0 - (1.0 - step / warmup_steps) * (1.0 - warmup_lr / lr))

@@ -47,6 +47,27 @@ def buffers(engine: Any) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in engine.module.named_buffers() if name in persistent}
 
 
+class Buffers:
+    """The persistent buffers of an engine around a step: one that was not applied leaves them as the weights."""
+
+    def __init__(self, engine: Any) -> None:
+        self._now = list(buffers(engine).values())
+        self._before: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Remember them, before a step."""
+        self._before = [buffer.clone() for buffer in self._now]
+
+    @torch.no_grad()
+    def settle(self, applied: bool | Tensor) -> None:
+        """Put them back behind a step where it was not applied."""
+        for now, before in zip(self._now, self._before, strict=True):
+            if isinstance(applied, Tensor):
+                now.copy_(torch.where(applied, now, before))
+            elif not applied:
+                now.copy_(before)
+
+
 def describe(engine: Any) -> dict[str, Any]:
     """What there is besides the vectors, as plain data: what a checkpoint must have in common with an engine."""
     return {

@@ -205,6 +205,11 @@ class SwinV2(nn.Module):
         """One (B, C_i, H_i, W_i) map per stage, before its merging; the last is final-normed, the others are not."""
         return [x.permute(0, 3, 1, 2) for x in self._stages(images, numbers)]
 
+    def levels(self) -> list[tuple[int, int]]:
+        """Channels and stride, in pixels, of each of the `maps`."""
+        last = len(self.depths) - 1
+        return [(self.width >> last - stage, self.stride >> last - stage) for stage in range(last + 1)]
+
     def _stages(self, images: Tensor, numbers: Tensor | None) -> list[Tensor]:
         """(B, H_i, W_i, C_i) of each stage."""
         masks = iter(block_masks(self, images, numbers))

@@ -195,6 +195,10 @@ class ViT(nn.Module):
         grid = self.grid((images.shape[2], images.shape[3]))
         return [x[:, 1:].transpose(1, 2).unflatten(2, grid) for x in (*outputs[:-1], self.norm(outputs[-1]))]
 
+    def levels(self) -> list[tuple[int, int]]:
+        """Channels and stride, in pixels, of each of the `maps`."""
+        return [(self.width, self.stride)] * 4
+
     def _outputs(self, images: Tensor, numbers: Tensor | None, after: tuple[int, ...]) -> list[Tensor]:
         """(B, N, C) after each of these numbers of blocks, ascending."""
         x = self.patch_embed(images)  # B H W C

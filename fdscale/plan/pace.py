@@ -69,7 +69,7 @@ def estimate(setup: Setup, networks: Networks, machine: Machine) -> Pace:
         "update": _update(setup, networks, machine),
     }
     size = (12 if settings.optim.ema is None else 16) * networks.parameters
-    work = student.work_per_image(settings, networks.module.backbone)
+    work = student.work_per_image(settings, networks.module.backbone, heads=networks.head_flops)
     return Pace(
         parts,
         hidden_s=again * (in_teacher + in_forward + in_backward - shown_teacher - shown_forward - shown_backward),
@@ -106,7 +106,7 @@ def _passes(setup: Setup, networks: Networks, machine: Machine) -> Pass:
     images, size = settings.memory.micro_batch, (settings.data.image_size,) * 2
     rate = machine.mfu * (machine.gpu.bf16 if bf16(setup.ds) else machine.gpu.float32)
     work = backbone.attended(size)
-    linear = images * max(0, 2 * backbone.flops(size) - _attention_flops(work)) / rate
+    linear = images * max(0, 2 * (backbone.flops(size) + networks.head_flops) - _attention_flops(work)) / rate
     fused = networks.kernels != "reference" or not hasattr(backbone.blocks()[0].attn, "kernels")
     ahead = attention_s(work, images, machine, fused=fused)
     back = attention_s(work, images, machine, fused=fused, backward=True)

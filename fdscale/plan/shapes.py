@@ -113,6 +113,12 @@ class Networks:
         return sum(self.sizes.values())
 
     @property
+    def head_flops(self) -> int:
+        """Multiply-adds of what stands behind the backbone, for one image: of a segmenter; else next to nothing."""
+        count = getattr(self.module, "head_flops", None)
+        return count((self.settings.data.image_size,) * 2) if count is not None else 0
+
+    @property
     def running(self) -> dict[str, Teacher]:
         """The teachers that compute in every step: none where their features are replayed."""
         return self.teachers if self.settings.cache.features is None else {}
@@ -142,17 +148,20 @@ class Networks:
         alike = {"none": "none", "selective": "selective"}
         kinds = [alike.get(kind, "torch") for kind in policy.checkpoint]  # the others keep a block's inputs alone
         memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, self.fused)
-        if not self.teachers:
-            return student.build_classifier(settings, backbone)
+        task = config.task_of(settings)
+        if task != "distill":
+            return (student.build_classifier if task == "finetune" else student.build_segmenter)(settings, backbone)
         self.pairings, module = assemble.join(settings, backbone, self.teachers)
         module.fused = self.fused
         return module.to("meta")  # the buffers of phi_s
 
     def arguments(self, dtype: torch.dtype) -> tuple[Any, ...]:
-        """Those of the module for one micro-batch, on the meta device: images, target or targets, sample numbers."""
+        """Those of the module for one micro-batch, on the meta device: images, targets or masks, sample numbers."""
         count, size = self.settings.memory.micro_batch, self.settings.data.image_size
         images = torch.empty(count, 3, size, size, dtype=dtype, device="meta")
         numbers = torch.empty(count, dtype=torch.int64, device="meta")
+        if config.task_of(self.settings) == "segment":
+            return images, torch.empty(count, size, size, dtype=torch.uint8, device="meta"), numbers
         if not self.teachers:
             return images, torch.empty(count, self.settings.classify.classes or 0, device="meta"), numbers
         targets = tuple(

@@ -70,7 +70,7 @@ def _say(text: str) -> None:
 
 def _long(settings: config.Config) -> config.Config:
     """A config of more steps than are measured."""
-    lengths = {"steps": 10_000, "epochs": None, "warmup_steps": 100, "warmup_epochs": None}
+    lengths: dict[str, Any] = {"steps": 10_000, "epochs": None, "warmup_steps": 100, "warmup_epochs": None}
     return dataclasses.replace(settings, schedule=dataclasses.replace(settings.schedule, **lengths))
 
 

@@ -1,4 +1,4 @@
-"""The learning rate against timm's CosineLRScheduler, at every step."""
+"""The learning rate at every step: the cosine against timm's CosineLRScheduler, poly against torch's and mmcv's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from fdscale.engine.schedule import cosine
+from fdscale.engine.schedule import cosine, poly
 
 
 @pytest.mark.parametrize(
@@ -28,3 +28,25 @@ def test_equals_timm_at_every_step(steps: int, warmup: int, warmup_lr: float, mi
         timm.step_update(step)
         ours = cosine(step, steps=steps, lr=lr, min_lr=min_lr, warmup_steps=warmup, warmup_lr=warmup_lr)
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-18)
+
+
+@pytest.mark.parametrize("power", [1.0, 0.9, 2.0])
+def test_poly_equals_torch_at_every_step(power: float) -> None:
+    lr, steps = 6e-5, 40
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    theirs = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=power)
+    for step in range(steps + 3):
+        wanted = optimizer.param_groups[0]["lr"]
+        assert poly(step, steps=steps, lr=lr, power=power) == pytest.approx(wanted, rel=1e-9, abs=1e-18)
+        optimizer.step()
+        theirs.step()
+
+
+def test_polys_warm_up_is_mmcvs() -> None:
+    """mmcv/runner/hooks/lr_updater.py: LrUpdaterHook.get_warmup_lr, linear, of the rate of PolyLrUpdaterHook."""
+    lr, low, steps, warmup, ratio = 6e-5, 1e-6, 160, 15, 1e-2
+    for step in range(steps):
+        regular = (lr - low) * (1 - step / steps) ** 0.9 + low
+        wanted = regular * (1 - (1 - step / warmup) * (1 - ratio)) if step < warmup else regular
+        ours = poly(step, steps=steps, lr=lr, min_lr=low, warmup_steps=warmup, warmup_lr=ratio * lr, power=0.9)
+        assert ours == pytest.approx(wanted, rel=1e-9)

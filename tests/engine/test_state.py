@@ -9,9 +9,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import outside
+
+from fdscale.engine.state import Buffers
 
 HERE = Path(__file__).resolve().parent
 CASES = [
@@ -84,3 +88,20 @@ def assert_moved(result: dict) -> None:
     assert result["saved"], result
     assert all(result["swapped"]), result
     assert result["updates"] == 3, result
+
+
+@pytest.mark.parametrize("applied", [True, False, torch.tensor(True), torch.tensor(False)])
+def test_buffers_follow_a_step_that_was_applied(applied: bool | torch.Tensor) -> None:
+    """Those that are saved; one that is not is nobody's business."""
+    norm = torch.nn.BatchNorm1d(3)
+    norm.register_buffer("beside", torch.zeros(1), persistent=False)
+    buffers = Buffers(SimpleNamespace(module=norm))
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    buffers.keep()
+    norm(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
+    norm.beside += 1
+    changed = {name: value.clone() for name, value in norm.named_buffers()}
+    buffers.settle(applied)
+    for name, value in norm.named_buffers():
+        assert torch.equal(value, changed[name] if applied or name == "beside" else before[name])
+        assert not torch.equal(changed[name], before[name])
