@@ -102,7 +102,7 @@ def test_batches_are_the_samples_of_their_numbers(samples, shards):
         data = opened.read(where, row)
         assert pixels == train_view(data, 5, number, 16).numpy().tobytes()
         one = samples[number]
-        assert (one[1:], one.image.numpy().tobytes()) == ((number, shard, key, None, None), pixels)
+        assert (one[1:], one.image.numpy().tobytes()) == ((number, shard, key, None, None, None), pixels)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
