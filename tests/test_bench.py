@@ -196,7 +196,7 @@ def test_bench_policies_measures_every_policy(tmp_path: Path) -> None:
     done = run_cli("bench", "policies", "--quick", "--threads", "1", "--json", tmp_path / "policies.json")
     assert done.returncode == 0, done.stderr
     networks = json.loads((tmp_path / "policies.json").read_text())["networks"]
-    assert {name: len(rows) for name, rows in networks.items()} == {"SwinV2": 11, "ViT": 8}
+    assert {name: len(rows) for name, rows in networks.items()} == {"SwinV2": 12, "ViT": 9}
     for rows in networks.values():
         by = {tuple(row["policy"]): row for row in rows}
         plain, again = (next(row for key, row in by.items() if key[0] == f"[{kind}]") for kind in ("none", "torch"))
