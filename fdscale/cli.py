@@ -17,7 +17,7 @@ from fdscale import UserError, __version__, signals
 from fdscale.bench import options as bench
 from fdscale.plan import options as plan
 from fdscale.tune import options as tune
-from fdscale.verbs import RAW, settings, verb
+from fdscale.verbs import RAW, recipe, settings, verb
 
 INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
@@ -77,10 +77,9 @@ def _finetune(verbs: argparse._SubParsersAction) -> None:
 
 
 def _training(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    recipe(sub)
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
     sub.add_argument("--steps", type=int, metavar="N", help="stop after step N; the schedule keeps its shape")
-    settings(sub)
     ds = "DeepSpeed JSON: ZeRO stage, offload, precision (default: ZeRO 0 in float32)"
     sub.add_argument("--ds", metavar="FILE", help=ds)
     sub.add_argument("--resume", metavar="CHECKPOINT", help="start a new run from another run's checkpoint directory")
@@ -94,11 +93,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     )
     text = "measure a classifier's or segmenter's accuracy on the held-out set, each image once"
     sub = verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)
-    where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
-    sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
-    sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")
-    sub.add_argument("--weights", metavar="FILE", help="take a whole classifier's weights from a file")
-    settings(sub)
+    _trained(sub, "take a whole classifier's weights from a file")
     sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
     sub.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="precision of the network")
     which = (
@@ -110,6 +105,15 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--json", action="store_true", help="print it, too")
 
 
+def _trained(sub: argparse.ArgumentParser, weights: str) -> None:
+    """What has been trained, and where: see `fdscale.evaluate.find`."""
+    where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
+    sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
+    sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")
+    sub.add_argument("--weights", metavar="FILE", help=weights)
+    settings(sub)
+
+
 def _probe(verbs: argparse._SubParsersAction) -> None:
     example = (
         "fdscale probe runs/clip-b --set data.shards=/data/in1k/train --set data.heldout_shards=/data/in1k/val\n"
@@ -119,11 +123,7 @@ def _probe(verbs: argparse._SubParsersAction) -> None:
     )
     text = "measure what frozen features know of classes: nearest neighbours, linear probe, few labels"
     sub = verb(verbs, "probe", "fdscale.probe:main", text, example)
-    where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
-    sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
-    sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")
-    sub.add_argument("--weights", metavar="FILE", help="take a backbone's weights from a file")
-    settings(sub)
+    _trained(sub, "take a backbone's weights from a file")
     of = "probe the teacher of a recipe, of several the one of this name"
     sub.add_argument("--teacher", metavar="NAME", nargs="?", const="", help=of)
     sub.add_argument("--pool", choices=("mean", "cls"), default="mean", help="of the grid's tokens, or the class token")
@@ -142,7 +142,7 @@ def _submit(verbs: argparse._SubParsersAction) -> None:
         "    --set teacher.weights=/models/clip_vit_b16.safetensors --sbatch --exclusive --mem=0"
     )
     sub = verb(verbs, "submit", "fdscale.submit:main", "run a recipe as a Slurm job that requeues itself", example)
-    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    recipe(sub)
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
     sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
     gpus = "GPUs of each node, one rank per GPU; also TYPE:N; 0: a rank per node, on its CPUs (default: 8)"
@@ -153,7 +153,6 @@ def _submit(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--time", required=True, metavar="TIME", help=limit)
     sub.add_argument("--partition", metavar="NAME", help="where to run")
     sub.add_argument("--account", metavar="NAME", help="who pays")
-    settings(sub)
     sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
     sub.add_argument("--after", metavar="JOBID", help="start once that job is done; if it fails, never")
     array = "a job array: each line of the file holds overrides, such as optim.lr=1e-3; line K runs in DIR/K, K from 0"

@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from fdscale import UserError, config, dist, segment, student
 from fdscale.data.augment import eval_view
 from fdscale.data.index import Index
-from fdscale.engine import checkpoint, ema, memory
+from fdscale.engine import checkpoint, memory
 from fdscale.engine.initialize import materialise, prepare_environment
+from fdscale.heldout import GoOn, HeldOut
 from fdscale.inputs import CLIP_STATISTICS, MEAN, STD, heldout_batches, normalise, open_heldout, to_device
 from fdscale.kernels import check
 from fdscale.run import Run
@@ -249,47 +250,20 @@ def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
         print(f"per class: {out}")
 
 
-class HeldOut:
-    """Loss and accuracy on the held-out set, as records of a run."""
-
-    def __init__(self, settings: config.Config, dtype: torch.dtype, run: Run):
-        self._settings, self._dtype, self._run = settings, dtype, run
-        self._index = open_heldout(settings.data)
-        self._first = True
-
-    def __call__(self, engine: Any) -> dict[str, Any]:
-        """The record of one evaluation; a collective. Empty where there is no held-out set, or a signal came."""
-        if self._index is None:
-            return {}
-        found = self._evaluate(engine)
-        if found is None:
-            return {}
-        record = {
+def held_out(settings: config.Config, dtype: torch.dtype, run: Run) -> HeldOut:
+    """Loss and accuracy of a classifier on the held-out set, as records of a run."""
+    return HeldOut(
+        settings,
+        run,
+        lambda index, engine, go_on, averaged: evaluate(settings, index, engine, dtype, go_on),
+        lambda found: {
             "heldout_loss": found.loss,
             "heldout_top1": found.top1,
             "heldout_top5": found.top5,
             "heldout_samples": found.samples,
-        }
-        if self._settings.optim.ema is not None:
-            with ema.in_place_of_weights(engine):
-                averaged = self._evaluate(engine)
-            if averaged is None:
-                return {}
-            record |= {"heldout_loss_ema": averaged.loss, "heldout_top1_ema": averaged.top1}
-        return record
-
-    def _evaluate(self, engine: Any) -> Accuracy | None:
-        assert self._index is not None
-        engine.eval()
-        found = evaluate(self._settings, self._index, engine, self._dtype, self._go_on)
-        engine.train()
-        self._first = False
-        return found
-
-    def _go_on(self, batch: dict[str, Any]) -> bool:
-        if self._first:  # every evaluation loses the same samples
-            self._run.report_lost(batch["replaced"])
-        return not self._run.interrupted()
+        },
+        also=("heldout_loss", "heldout_top1"),
+    )
 
 
 def evaluate(
@@ -297,7 +271,7 @@ def evaluate(
     index: Index,
     classifier: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
-    go_on: Callable[[dict[str, Any]], bool],
+    go_on: GoOn,
     labels: Labels | None = None,
 ) -> Accuracy | None:
     """The accuracy of a classifier of normalised images on data.heldout_samples of a set; a collective.

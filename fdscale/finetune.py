@@ -14,7 +14,7 @@ from fdscale import config, dist, student
 from fdscale.data.mixing import Mixing, erase, mixed_images, mixed_targets
 from fdscale.data.randaugment import RandAugment
 from fdscale.engine.metrics import Work
-from fdscale.evaluate import HeldOut
+from fdscale.evaluate import held_out
 from fdscale.inputs import MEAN, normalise, open_inputs, to_device, training_batches, training_samples
 from fdscale.job import Task, run_job
 from fdscale.run import Run
@@ -123,4 +123,4 @@ class Classification:
 
     def evaluation(self, run: Run, dtype: torch.dtype) -> Callable[[Any], dict[str, Any]]:
         """Loss and accuracy on the held-out set."""
-        return HeldOut(self.inputs.settings, dtype, run)
+        return held_out(self.inputs.settings, dtype, run)

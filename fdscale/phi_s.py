@@ -32,6 +32,7 @@ class PhiS(nn.Module):
     weights. Until `set` they are zero.
     """
 
+    constant = True  # no step writes to its buffers
     mean: Tensor
     rotation: Tensor
 

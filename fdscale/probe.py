@@ -6,6 +6,7 @@ each image of both sets is seen once, over all ranks.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json as json_module
 from collections.abc import Callable, Sequence
@@ -126,7 +127,7 @@ def features_of(settings: config.Config, index: Index | Joined, pooled: Tokens, 
         raise UserError("a probe takes one training set: leave out data.weights")
     data = settings.data
     view = functools.partial(eval_view, size=data.image_size, interpolation=data.interpolation, decoding=data.decode)
-    everything = config.from_dict(config.as_dict(settings), "the config", ["data.heldout_samples=null"])
+    everything = dataclasses.replace(settings, data=dataclasses.replace(data, heldout_samples=None))
     rows: Tensor | None = None  # label + 1, and features; zeros where another rank sees the image
     with Progress(console=Console(stderr=True), transient=True, disable=dist.rank() != 0) as progress:
         bar = progress.add_task(what, total=index.samples)

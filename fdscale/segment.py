@@ -17,9 +17,9 @@ from fdscale import UserError, config, dist, student
 from fdscale.data import dense
 from fdscale.data.index import Index
 from fdscale.data.stream import Samples
-from fdscale.engine import ema
 from fdscale.engine.metrics import Work
-from fdscale.inputs import heldout_batches, normalise, open_heldout, open_inputs, to_device, training_batches
+from fdscale.heldout import GoOn, HeldOut
+from fdscale.inputs import heldout_batches, normalise, open_inputs, to_device, training_batches
 from fdscale.run import Run
 from fdscale.tasks.inference import Inference, Network
 from fdscale.tasks.segmentation import Confusion, Scores
@@ -93,45 +93,15 @@ class Segmentation:
         return images, masks, torch.zeros(count, dtype=torch.int64, device=dist.device())
 
     def evaluation(self, run: Run, dtype: torch.dtype) -> Callable[[Any], dict[str, Any]]:
-        """mIoU, mAcc and aAcc on the held-out set."""
-        return HeldOutScenes(self.inputs.settings, dtype, run)
+        """mIoU, mAcc and aAcc on the held-out set, with pictures."""
+        settings = self.inputs.settings
 
+        def look(index: Index, engine: Any, go_on: GoOn, averaged: bool) -> Scores | None:
+            pictures = None if averaged else run.directory / "predictions"
+            in_step = engine.zero_optimization_stage() == 3
+            return evaluate(settings, index, engine, dtype, go_on, pictures, in_step)
 
-class HeldOutScenes:
-    """mIoU, mAcc and aAcc on the held-out set, as records of a run."""
-
-    def __init__(self, settings: config.Config, dtype: torch.dtype, run: Run):
-        self._settings, self._dtype, self._run = settings, dtype, run
-        self._index = open_heldout(settings.data)
-        self._first = True
-
-    def __call__(self, engine: Any) -> dict[str, Any]:
-        """The record of one evaluation; a collective. Empty where there is no held-out set, or a signal came."""
-        if self._index is None or (found := self._evaluate(engine, self._run.directory / "predictions")) is None:
-            return {}
-        record = {"heldout_miou": found.miou, "heldout_macc": found.macc, "heldout_aacc": found.aacc}
-        record["heldout_samples"] = found.images
-        if self._settings.optim.ema is not None:
-            with ema.in_place_of_weights(engine):
-                averaged = self._evaluate(engine)
-            if averaged is None:
-                return {}
-            record["heldout_miou_ema"] = averaged.miou
-        return record
-
-    def _evaluate(self, engine: Any, pictures: Path | None = None) -> Scores | None:
-        assert self._index is not None
-        engine.eval()
-        in_step = engine.zero_optimization_stage() == 3
-        found = evaluate(self._settings, self._index, engine, self._dtype, self._go_on, pictures, in_step)
-        engine.train()
-        self._first = False
-        return found
-
-    def _go_on(self, batch: dict[str, Any]) -> bool:
-        if self._first:  # every evaluation loses the same samples
-            self._run.report_lost(batch["replaced"])
-        return not self._run.interrupted()
+        return HeldOut(settings, run, look, _record, also=("heldout_miou",))
 
 
 def evaluate(
@@ -139,7 +109,7 @@ def evaluate(
     index: Index,
     network: Network,
     dtype: torch.dtype,
-    go_on: Callable[[dict[str, Any]], bool],
+    go_on: GoOn,
     pictures: Path | None = None,
     in_step: bool = False,
 ) -> Scores | None:
@@ -172,6 +142,11 @@ def evaluate(
             "all of their masks are empty"
         )
     return found
+
+
+def _record(found: Scores) -> dict[str, float]:
+    scores = {"heldout_miou": found.miou, "heldout_macc": found.macc, "heldout_aacc": found.aacc}
+    return scores | {"heldout_samples": found.images}
 
 
 def report(settings: config.Config, found: Scores, names: list[str]) -> dict[str, Any]:

@@ -24,6 +24,12 @@ def settings(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=setting)
 
 
+def recipe(sub: argparse.ArgumentParser) -> None:
+    """A recipe, and --set."""
+    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    settings(sub)
+
+
 def new_file(text: str) -> Path:
     """A file that can be written once there is something to write: asked for before an hour is spent on it."""
     path = Path(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -44,6 +45,16 @@ def outside() -> dict[str, str]:
     """The environment of a fresh shell: without what a process group in this process has set."""
     inside = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     return {**{key: value for key, value in os.environ.items() if key not in inside}, "PYTHONPATH": str(ROOT)}
+
+
+def told_by(script: Path, *words: object, ranks: int = 1, timeout: float = 400) -> list[dict]:
+    """The JSON objects that a script prints, a line each, in processes of its own: so many ranks of it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *launcher, str(script), *map(str, words)]
+    environment = {**outside(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def run_cli(

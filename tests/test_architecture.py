@@ -16,7 +16,7 @@ APPS = {
     "assemble", "distill", "finetune", "segment", "evaluate", "probe", "submit", "export", "cache", "catalog", "doctor",
     "pack", "demo", "demo_finetune", "bench", "runs", "plan", "tune",
 }  # fmt: skip
-SHARED = {"inputs", "student", "recovery", "job"}  # by the apps that train
+SHARED = {"inputs", "student", "recovery", "job", "heldout"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "inputs": {"config", "keys", "data", "dist", "engine"},
     "student": {"config", "dist", "kernels", "models", "engine", "tasks"},
     "job": {"config", "data", "dist", "engine", "inputs", "kernels", "recovery", "run", "starts", "train", "watchdog"},
+    "heldout": {"config", "data", "engine", "inputs", "run"},
     "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data"},
     "verbs": set(),

@@ -14,7 +14,7 @@ from PIL import Image
 from test_resume import ds_file
 
 from fdscale import UserError, cli, config, student
-from fdscale.bench import attention, peers, step
+from fdscale.bench import attention, peers, step, traffic
 from fdscale.bench.data import in_turns, photographs, ratio
 from fdscale.models import swin_v2
 from fdscale.models.swin_v2 import SwinV2
@@ -89,9 +89,7 @@ def test_bench_step_says_where_the_time_of_a_recipe_goes(tmp_path: Path, ranks: 
     assert set(result["ways"]) == {"fdscale", against}
     for way in result["ways"].values():
         assert len(way["seconds"]) == len(way["parts"]) == 2
-        for taken, parts in zip(way["seconds"], way["parts"], strict=True):
-            assert sum(parts.values()) < 20 * taken
-            assert all(seconds > 0 for seconds in parts.values())
+        assert all(set(parts) == set(step.PARTS) and min(parts.values()) > 0 for parts in way["parts"])
     told = result["communication"]
     assert 0 < told["communication_s"] < told["step_s"] if ranks > 1 else told is None
     assert ranks == 1 or told["sent"]["reduce-scatter"][1] > 0
@@ -151,7 +149,7 @@ def test_a_way_that_does_not_fit_is_named() -> None:
 def test_what_cannot_be_compared_is_refused() -> None:
     with pytest.raises(UserError, match="--against official is for students with window attention"):
         step.chosen("official", SimpleNamespace(module=torch.nn.Linear(1, 1)))
-    assert step.union([(5, 7), (0, 2), (1, 3)]) == [(0, 3), (5, 7)]
+    assert traffic.union([(5, 7), (0, 2), (1, 3)]) == [(0, 3), (5, 7)]
 
 
 @pytest.mark.slow

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, outside, run_cli
+from helpers import ROOT, TINY, run_cli, told_by
 from sharded import CASES
 from test_resume import SCHEDULE, assert_same, ds_file
 
@@ -23,12 +21,7 @@ from fdscale.models.teachers import load_teacher
 def test_tokens_are_the_same_to_the_last_bit_and_each_rank_holds_a_share(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(SwinV2(**CASES[-1][1], post_norm_init=1.0).state_dict(), tmp_path / "weights.pth")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *launcher, str(ROOT / "tests" / "sharded.py"), str(tmp_path / "weights.pth")]
-    environment = {**outside(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"teacher"')]
+    found = told_by(ROOT / "tests" / "sharded.py", tmp_path / "weights.pth", ranks=2)
     assert len(found) == 2 * len(CASES)
     for one in found:
         assert one["equal"] == [True, True], one

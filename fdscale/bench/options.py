@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fdscale.verbs import new_file, settings, verb
+from fdscale.verbs import new_file, recipe, verb
 
 
 def add(verbs: argparse._SubParsersAction) -> None:
@@ -80,8 +80,7 @@ def _step(tables: argparse._SubParsersAction) -> None:
     text = "measure the training step of a recipe, its parts, and the same by official code or timm"
     example = "fdscale bench step swinv2_g --ds ds_configs/swinv2_g_141g.json --json step.json"
     sub = verb(tables, "step", "fdscale.bench.step:main", text, example)
-    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
-    settings(sub)
+    recipe(sub)
     sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
     other = "what to compare with (default: official for window attention, else timm)"
     sub.add_argument("--against", default="auto", choices=("auto", "official", "timm", "eager", "none"), help=other)
@@ -104,8 +103,7 @@ def _teacher(tables: argparse._SubParsersAction) -> None:
     text = "measure what a teacher's precision does to the target, to memory and to time"
     example = "fdscale bench teacher clip_vit_large_300 --set teacher.weights=FILE --set data.shards=SHARDS"
     sub = verb(tables, "teacher", "fdscale.bench.teacher:main", text, example)
-    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
-    settings(sub)
+    recipe(sub)
     sub.add_argument("--images", type=int, default=256, metavar="N", help="views that are compared (default: 256)")
     _rounds(sub)
     _threads(sub)

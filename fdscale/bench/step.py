@@ -34,7 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from fdscale import UserError, assemble, config, dist, student
 from fdscale.bench import machine, peers, tables
 from fdscale.bench.timing import ratio, save
-from fdscale.bench.traffic import Traffic
+from fdscale.bench.traffic import Traffic, length, union
 from fdscale.data.shards import make
 from fdscale.distill import Distillation
 from fdscale.engine.ds_config import bf16, check_checkpointing, check_linear
@@ -127,7 +127,7 @@ def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: i
     ways = {"fdscale": Way(task, task.module, ds, nullcontext)}
     before = _allocated()
     task.place()
-    Way.beside = _allocated() - before
+    ways["fdscale"].beside = beside = _allocated() - before
     if kind == "official":
         ways[kind] = ways["fdscale"].in_context(lambda: peers.eager_and_official(networks_of(task)))
     elif kind == "eager":
@@ -136,6 +136,7 @@ def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: i
         others = lambda: peers.eager_and_official(networks_of(task)[1:])  # noqa: E731  its teacher is eager, too
         with fitting(kind):
             ways[kind] = Way(task, timm_module(settings, task), ds, others)
+            ways[kind].beside = beside
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in ways}
     for turn in range(WARM_UP + rounds):
@@ -226,12 +227,7 @@ def _allocated() -> int:
 
 
 class Way:
-    """A module under an engine of its own, its batches, and what holds while it computes.
-
-    beside: bytes of what all ways need, the teachers.
-    """
-
-    beside = 0
+    """A module under an engine of its own, its batches, and what holds while it computes."""
 
     def __init__(self, task: Any, module: nn.Module, ds: dict[str, Any], context: Callable[[], Any]) -> None:
         self._task, self._context = task, context
@@ -240,6 +236,7 @@ class Way:
         self.engine = engine_of(task.inputs.settings, module, ds, self._dtype)
         self._held = [_allocated() - before]  # and what its steps leave there: moments, after the first
         self._batches: Generator[Any, None, None] = task.stream(0, 2**40)
+        self.beside = 0  # bytes of what all ways need, the teachers
         self.peak_bytes: int | None = None
 
     def in_context(self, context: Callable[[], Any]) -> Way:
@@ -333,22 +330,6 @@ def engine_of(settings: config.Config, module: nn.Module, ds: dict[str, Any], dt
         weight_decay=optim.weight_decay, betas=optim.betas, eps=optim.eps, clip_grad=optim.clip_grad,
         layer_decay=1.0, fused=optim.fused,
     )  # fmt: skip
-
-
-def union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Disjoint and in order."""
-    merged: list[tuple[int, int]] = []
-    for start, end in sorted(spans):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
-
-
-def length(spans: list[tuple[int, int]]) -> int:
-    """Of disjoint spans."""
-    return sum(end - start for start, end in spans)
 
 
 def _seconds(work: Callable[[], Any]) -> float:

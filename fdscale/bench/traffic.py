@@ -1,4 +1,4 @@
-"""What ranks send each other in a piece of work: collectives by kind, their number and the bytes of whole tensors."""
+"""What ranks send each other in a piece of work, and for how long: collectives by kind, and spans of time."""
 
 from __future__ import annotations
 
@@ -30,3 +30,19 @@ class Traffic(TorchDispatchMode):
             counted[0] += 1
             counted[1] += max(sizes, default=0)
         return func(*args, **(kwargs or {}))
+
+
+def union(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Disjoint and in order."""
+    merged: list[tuple[int, int]] = []
+    for start, end in sorted(spans):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def length(spans: list[tuple[int, int]]) -> int:
+    """Of disjoint spans."""
+    return sum(end - start for start, end in spans)

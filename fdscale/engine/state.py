@@ -48,10 +48,15 @@ def buffers(engine: Any) -> dict[str, Tensor]:
 
 
 class Buffers:
-    """The persistent buffers of an engine around a step: one that was not applied leaves them as the weights."""
+    """The persistent buffers of an engine around a step: one that was not applied leaves them as the weights.
+
+    Those of modules that say they are `constant` are left alone: no step writes to them, and they may be large.
+    """
 
     def __init__(self, engine: Any) -> None:
-        self._now = list(buffers(engine).values())
+        parts = engine.module.modules()
+        constant = {id(b) for part in parts if getattr(part, "constant", False) for b in part.buffers()}
+        self._now = [buffer for buffer in buffers(engine).values() if id(buffer) not in constant]
         self._before: list[Tensor] = []
 
     def keep(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fdscale.verbs import settings, verb
+from fdscale.verbs import recipe, verb
 
 TEXT = "say what a run needs before it runs: memory, time, cost; without a GPU"
 EXAMPLE = (
@@ -16,8 +16,7 @@ EXAMPLE = (
 def add(verbs: argparse._SubParsersAction) -> None:
     """The verb."""
     sub = verb(verbs, "plan", "fdscale.plan.app:main", TEXT, EXAMPLE)
-    settings(sub)
-    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    recipe(sub)
     sub.add_argument("--ds", metavar="FILE", help="DeepSpeed JSON (default: ZeRO 0 in float32)")
     gpus = (
         "GPUs of the run (default: 8); several with commas for a table of how it scales, in which micro-batches are "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fdscale.verbs import settings, verb
+from fdscale.verbs import recipe, verb
 
 TEXT = "find the fastest ds_config, micro-batch and memory policy for this machine, by measuring"
 EXAMPLE = (
@@ -18,9 +18,8 @@ EXAMPLE = (
 def add(verbs: argparse._SubParsersAction) -> None:
     """The verb."""
     sub = verb(verbs, "tune", "fdscale.tune.app:main", TEXT, EXAMPLE)
-    sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
+    recipe(sub)
     sub.add_argument("--out", required=True, metavar="DIR", help="for results; an existing one is gone on with")
-    settings(sub)
     ds = "a DeepSpeed JSON to try, the first is what you have now; may be repeated (default: those that ship)"
     sub.add_argument("--ds", action="append", default=[], metavar="FILE", help=ds)
     ranks = "processes of a trial: by torchrun, or by srun inside a Slurm allocation (default: the GPUs here, else 1)"

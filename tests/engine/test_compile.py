@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, outside
+from helpers import TINY, told_by
 
 from fdscale import UserError, assemble, config
 from fdscale.engine import memory
@@ -21,12 +18,7 @@ HERE = Path(__file__).resolve().parent
 
 @pytest.mark.slow
 def test_compiled_blocks_learn_the_same_at_every_stage() -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**outside(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, *launcher, str(HERE / "compiled.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=580, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    found = told_by(HERE / "compiled.py", ranks=2, timeout=580)
     assert len(found) == 8
     for one in found:
         assert one["compiled"] == pytest.approx(one["eager"], rel=1e-2 if "bf16" in one["case"] else 1e-4), one

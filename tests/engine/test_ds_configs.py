@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, outside
+from helpers import ROOT, told_by
 from honoured import HPZ, leaves
 
 from fdscale import UserError
@@ -54,12 +52,7 @@ def test_deepspeed_parses_every_entry_as_it_stands(
 def test_the_engine_acts_on_every_entry(ranks: int) -> None:
     """On one rank with what is offloaded to the host, for which DeepSpeed builds its CPU Adam; on two without."""
     files = [path for path in FILES if ranks == 1 or "offload" not in path.stem]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    script = Path(__file__).resolve().parent / "honoured.py"
-    command = [sys.executable, *launcher, str(script), *map(str, files)]
-    done = subprocess.run(command, capture_output=True, text=True, env=outside(), timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = told_by(Path(__file__).resolve().parent / "honoured.py", *files, ranks=ranks)
     assert [result["file"] for result in found] == [path.name for path in files]
     for path, result in zip(files, found, strict=True):
         wanted = leaves(json.loads(path.read_text()))

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, TINY, outside
+from helpers import TINY, told_by
 
 from fdscale import assemble, config
 from fdscale.models.layers import initial_value
@@ -33,12 +30,7 @@ def expected(dtype: torch.dtype) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_first_weights_are_the_same_on_any_number_of_ranks_at_any_stage(ranks: int) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(HERE / "first_weights.py")]
-    environment = {**outside(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"case"')]
+    found = told_by(HERE / "first_weights.py", ranks=ranks)
     whole, half = expected(torch.float32), expected(torch.bfloat16)
     assert len(found) == 7
     for one in found:

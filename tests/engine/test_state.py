@@ -5,17 +5,15 @@ One and two ranks; the gradient norms of all configurations are compared with fl
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import outside
+from helpers import told_by
 
 from fdscale.engine.state import Buffers
+from fdscale.phi_s import PhiS
 
 HERE = Path(__file__).resolve().parent
 CASES = [
@@ -33,11 +31,7 @@ CASES = [
 
 
 def results(ranks: int, *cases: str) -> list[dict]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *launcher, str(HERE / "stages.py"), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=outside(), timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return told_by(HERE / "stages.py", *cases, ranks=ranks)
 
 
 @pytest.mark.slow
@@ -92,12 +86,14 @@ def assert_moved(result: dict) -> None:
 
 @pytest.mark.parametrize("applied", [True, False, torch.tensor(True), torch.tensor(False)])
 def test_buffers_follow_a_step_that_was_applied(applied: bool | torch.Tensor) -> None:
-    """Those that are saved; one that is not is nobody's business."""
-    norm = torch.nn.BatchNorm1d(3)
+    """Those that are saved; one that is not is nobody's business, and what is constant is not copied."""
+    norm, constant = torch.nn.BatchNorm1d(3), torch.nn.BatchNorm1d(1)
+    constant.constant = True
     norm.register_buffer("beside", torch.zeros(1), persistent=False)
-    buffers = Buffers(SimpleNamespace(module=norm))
+    buffers = Buffers(SimpleNamespace(module=torch.nn.Sequential(norm, constant)))
     before = {name: value.clone() for name, value in norm.named_buffers()}
     buffers.keep()
+    assert len(buffers._before) == 3
     norm(torch.randn(4, 3, generator=torch.Generator().manual_seed(0)))
     norm.beside += 1
     changed = {name: value.clone() for name, value in norm.named_buffers()}
@@ -105,3 +101,9 @@ def test_buffers_follow_a_step_that_was_applied(applied: bool | torch.Tensor) ->
     for name, value in norm.named_buffers():
         assert torch.equal(value, changed[name] if applied or name == "beside" else before[name])
         assert not torch.equal(changed[name], before[name])
+
+
+def test_what_whitens_by_phi_s_is_constant() -> None:
+    module = torch.nn.Sequential(PhiS(4))
+    assert Buffers(SimpleNamespace(module=module))._now == []
+    assert [*module.state_dict()]

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, outside
+from helpers import told_by
 
 HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.slow
 def test_stages_0_and_1_reduce_once_a_step_and_2_and_3_in_every_micro_batch() -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**outside(), "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    command = [sys.executable, *launcher, str(HERE / "traffic.py")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    told = next(json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"sent"'))
+    (told,) = told_by(HERE / "traffic.py", ranks=2)
     sent, gradients = told["sent"], told["gradients"]
 
     def reduced(stage: int, micros: int) -> int:

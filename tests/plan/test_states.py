@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import outside
+from helpers import told_by
 
 from fdscale import config
 from fdscale.engine.ds_config import offloaded
@@ -24,11 +22,7 @@ HERE = Path(__file__).resolve().parent
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_states_are_those_of_real_engines(ranks: int) -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, str(HERE / "states.py"), *CASES]
-    done = subprocess.run(command, capture_output=True, text=True, env=outside(), timeout=400, check=False)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    found = told_by(HERE / "states.py", *CASES, ranks=ranks)
     assert [row["case"] for row in found] == list(CASES)
     sizes = {name: parameter.numel() for name, parameter in distiller().named_parameters()}
     networks = SimpleNamespace(sizes=sizes, parameters=sum(sizes.values()))
