@@ -148,9 +148,8 @@ class Networks:
         alike = {"none": "none", "selective": "selective"}
         kinds = [alike.get(kind, "torch") for kind in policy.checkpoint]  # the others keep a block's inputs alone
         memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, self.fused)
-        task = config.task_of(settings)
-        if task != "distill":
-            return (student.build_classifier if task == "finetune" else student.build_segmenter)(settings, backbone)
+        if config.task_of(settings) != "distill":
+            return student.build_labelled(settings, backbone)
         self.pairings, module = assemble.join(settings, backbone, self.teachers)
         module.fused = self.fused
         return module.to("meta")  # the buffers of phi_s
