@@ -30,7 +30,7 @@ test: $(STAMP) ## all but the long ones: Slurm, the fault suite, and the marked
 	$(BIN)/python -m pytest -m "not slurm and not faults and not long"
 
 quick: $(STAMP) ## the inner loop: tests that take a moment
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2
 
 faults: $(STAMP) ## every instant of the fault suite; figures to reliability.json
 	FDSCALE_FAULTS=long FDSCALE_FAULTS_FIGURES=reliability.json $(BIN)/python -m pytest tests/faults

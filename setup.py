@@ -78,6 +78,7 @@ setup(
         ],
         "dev": [
             "pytest>=8.0",
+            "pytest-xdist>=3.6",  # for the inner loop
             "hypothesis>=6.100",
             "ruff>=0.8",
             "mypy>=1.11",
