@@ -213,9 +213,7 @@ def fitting_heads(module: nn.Module, weights: Weights) -> dict[str, Callable[[],
     values = {
         name: functools.partial(weights.whole, weights.tensors[name])
         for name, parameter in module.named_parameters()
-        if not name.startswith(PREFIX)
-        and name in weights.tensors
-        and weights.tensors[name].shape == parameter.shape
+        if not name.startswith(PREFIX) and name in weights.tensors and weights.tensors[name].shape == parameter.shape
     }
     if not values:
         raise UserError(
