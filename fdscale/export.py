@@ -105,8 +105,8 @@ def export(
 def student(reader: Reader, names: str, found: Path) -> tuple[dict[str, tuple[str, torch.Size]], dict[str, str]]:
     """Exported name -> the checkpoint's name and shape, for all of the student; and what to say about them.
 
-    Of a classifier that is the head, too, and of a segmenter or detector its heads with their buffers. Raises UserError where the
-    checkpoint and its config do not fit.
+    Of a classifier that is the head, too, and of a segmenter or detector its heads with their buffers. Raises UserError
+    where the checkpoint and its config do not fit.
     """
     settings = config.from_dict(reader.state["config"], str(found / "state.json"))
     model = backbone(settings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -172,23 +172,24 @@ def heldout_batches(
     index: Index,
     view: Callable[..., Any],
     classes: int | None = None,
-    masks: bool = False,
+    members: Sequence[tuple[str, ...]] = (),
+    micro_batch: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of views of the held-out samples, each exactly once over all ranks.
 
-    masks: with masks, and as images keep their sizes one at a time.
+    classes, members: see `Samples`. micro_batch: where it is not memory.micro_batch: 1, as images keep their sizes.
     """
     return evaluation_batches(
         index,
         view,
         limit=settings.data.heldout_samples,
-        micro_batch=1 if masks else settings.memory.micro_batch,
+        micro_batch=micro_batch or settings.memory.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         workers=settings.data.workers,
         pin_memory=torch.cuda.is_available(),
         classes=classes,
-        masks=masks,
+        members=members,
     )
 
 

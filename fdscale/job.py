@@ -292,7 +292,7 @@ def _train(
         run.clock.mark("evaluation")
     run.start_progress(state.step, last)
     assert schedule.steps is not None
-    shapes = {
+    shapes: dict[str, Callable[..., float]] = {
         "cosine": cosine,
         "poly": functools.partial(poly, power=schedule.power),
         "steps": functools.partial(stairs, drops=schedule.drops),

@@ -131,7 +131,10 @@ def build_detector(settings: config.Config, student: Any) -> Detector:
             stuff=detect.stuff,
             global_block=detect.global_block,
             seed=settings.student.seed,
-            **inference_of(settings),
+            suppress=detect.suppress,
+            overlap=detect.overlap,
+            least_score=detect.least_score,
+            most=detect.most,
         )
 
 
@@ -210,7 +213,7 @@ def fitting_heads(module: nn.Module, weights: Weights) -> dict[str, Callable[[],
 
     Raises UserError where nothing has: they are of no detector.
     """
-    values = {
+    values: dict[str, Callable[[], Tensor]] = {
         name: functools.partial(weights.whole, weights.tensors[name])
         for name, parameter in module.named_parameters()
         if not name.startswith(PREFIX) and name in weights.tensors and weights.tensors[name].shape == parameter.shape
