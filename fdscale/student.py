@@ -24,7 +24,7 @@ from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.models.layers import ResidualNorm, initial_value
 from fdscale.tasks.classification import Classifier
-from fdscale.tasks.detection import Detector
+from fdscale.tasks.detection import Detector, Thinning
 from fdscale.tasks.segmentation import Segmenter
 
 RESIZED = ("relative_position_bias_table", "pos_embed")  # what follows the image size, see `convert.fitted`
@@ -131,10 +131,7 @@ def build_detector(settings: config.Config, student: Any) -> Detector:
             stuff=detect.stuff,
             global_block=detect.global_block,
             seed=settings.student.seed,
-            suppress=detect.suppress,
-            overlap=detect.overlap,
-            least_score=detect.least_score,
-            most=detect.most,
+            thinning=Thinning(detect.suppress, detect.overlap, detect.least_score, detect.most),
         )
 
 

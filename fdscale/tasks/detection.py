@@ -35,6 +35,15 @@ class Detections(NamedTuple):
     masks: Tensor | None
 
 
+class Thinning(NamedTuple):
+    """How boxes that overlap are thinned out; see `keys.Detect`."""
+
+    suppress: str = "hard"
+    overlap: float = 0.5
+    least_score: float = 0.05
+    most: int = 100
+
+
 class Detector(nn.Module):
     """Backbone, neck, feature pyramid, proposals and heads; what the arguments mean: `keys.Detect`.
 
@@ -53,10 +62,7 @@ class Detector(nn.Module):
         box_loss: str = "smooth_l1",
         stuff: int = 0,
         global_block: bool = False,
-        suppress: str = "hard",
-        overlap: float = 0.5,
-        least_score: float = 0.05,
-        most: int = 100,
+        thinning: Thinning | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -72,8 +78,7 @@ class Detector(nn.Module):
         steps = [backbone.levels()[0][1] / 4 * 2**i for i in range(4)] if len(set(strides)) == 1 else list(strides)
         self.rpn = Proposals(channels, [*steps, 2 * steps[-1]], seed)
         self.regions = Regions(kind, classes, channels, steps, masks, box_head, normed, box_loss, stuff, seed)
-        self.channels = channels
-        self.suppress, self.overlap, self.least_score, self.most = suppress, overlap, least_score, most
+        self.channels, self.thinning = channels, thinning or Thinning()
         self.losses: dict[str, Tensor] = {}
 
     def forward(
@@ -128,25 +133,13 @@ class Detector(nn.Module):
             flat = boxes.expand(-1, kinds, -1).reshape(-1, 4)
             scores = shares[:, 1:].reshape(-1)
             classes = torch.arange(kinds, device=flat.device).repeat(len(shares))
-            kept = (scores > self.least_score).nonzero()[:, 0]
+            kept = (scores > self.thinning.least_score).nonzero()[:, 0]
             kept = kept[remove_small_boxes(flat[kept], SMALLEST)]
-            found.append(self.thinned(Detections(flat[kept], scores[kept], classes[kept], None)))
+            found.append(thinned(Detections(flat[kept], scores[kept], classes[kept], None), self.thinning))
         if not self.regions.masks:
             return found
         masks = self.regions.mask(maps, [one.boxes for one in found], [one.classes for one in found], sizes)
         return [one._replace(masks=mask) for one, mask in zip(found, masks, strict=True)]
-
-    def thinned(self, found: Detections) -> Detections:
-        """The surest, without those that overlap a surer one of their class, or with lower scores for them."""
-        if self.suppress == "hard":
-            kept, scores = batched_nms(found.boxes, found.scores, found.classes, self.overlap), found.scores
-        else:
-            kept, scores = soft_nms(
-                found.boxes, found.scores, found.classes, self.suppress, self.overlap, self.least_score, self.most
-            )
-        kept = kept[: self.most]
-        masks = None if found.masks is None else found.masks[kept]
-        return Detections(found.boxes[kept], scores[kept], found.classes[kept], masks)
 
     def head_flops(self, image_size: tuple[int, int]) -> int:
         """Multiply-adds (MACs) of training on one (height, width) image behind the backbone."""
@@ -197,6 +190,28 @@ class Detector(nn.Module):
         """Parameters without weight decay: the backbone's, norms and biases."""
         own = {name for name, value in self.named_parameters() if not name.startswith("backbone.") and value.ndim == 1}
         return own | {f"backbone.{name}" for name in self.backbone.no_decay()}
+
+
+def thinned(found: Detections, how: Thinning) -> Detections:
+    """The surest, without those that overlap a surer one of their class, or with lower scores for them."""
+    if how.suppress == "hard":
+        kept, scores = batched_nms(found.boxes, found.scores, found.classes, how.overlap), found.scores
+    else:
+        kept, scores = soft_nms(
+            found.boxes, found.scores, found.classes, how.suppress, how.overlap, how.least_score, how.most
+        )
+    kept = kept[: how.most]
+    masks = None if found.masks is None else found.masks[kept]
+    return Detections(found.boxes[kept], scores[kept], found.classes[kept], masks)
+
+
+def joined(views: Sequence[Detections], how: Thinning) -> Detections:
+    """What several views of an image have found, in the same pixels; masks are those of the boxes that are left."""
+    if len(views) == 1:
+        return views[0]
+    boxes, scores, classes = (torch.cat(part) for part in list(zip(*(view[:3] for view in views), strict=True)))
+    masks = None if views[0].masks is None else torch.cat([view.masks for view in views if view.masks is not None])
+    return thinned(Detections(boxes, scores, classes, masks), how)
 
 
 def soft_nms(

@@ -17,7 +17,7 @@ from fdscale.models.layers import initial_value
 from fdscale.models.swin_v2 import SwinV2
 from fdscale.models.vit import ViT
 from fdscale.tasks import proposals, regions
-from fdscale.tasks.detection import Detections, Detector, pasted, soft_nms
+from fdscale.tasks.detection import Detections, Detector, Thinning, joined, pasted, soft_nms, thinned
 from fdscale.tasks.proposals import sampled
 from fdscale.tasks.regions import stuff_loss, unpacked
 
@@ -143,7 +143,7 @@ def test_losses_are_torchvisions(all_taken: None) -> None:
 
 
 def test_detections_are_torchvisions() -> None:
-    ours = sharpened(detector(least_score=0.3)).eval()
+    ours = sharpened(detector(thinning=Thinning(least_score=0.3))).eval()
     theirs = torchvisions(ours, box_score_thresh=0.3).eval()
     batch = scene()
     with torch.no_grad():
@@ -215,7 +215,7 @@ def test_every_kind_finds_in_any_precision(kind: str, more: dict[str, Any]) -> N
             assert (one.boxes >= 0).all()
             assert (one.masks is None) == (not more.get("masks", True))
             assert one.masks is None or one.masks.shape == (len(one.scores), 28, 28)
-    none = detector(kind, least_score=1.0, **more).eval()
+    none = detector(kind, thinning=Thinning(least_score=1.0), **more).eval()
     with torch.no_grad():
         assert [len(one.scores) for one in none(batch["images"], batch["sizes"])] == [0, 0, 0]
 
@@ -307,9 +307,11 @@ def test_packed_masks_and_stuff() -> None:
 
 
 def test_thinning_keeps_the_surest_of_a_class() -> None:
-    network = detector()
     box = torch.tensor([[0.0, 0, 10, 10], [1, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]])
     found = Detections(box, torch.tensor([0.5, 0.9, 0.7, 0.2]), torch.tensor([0, 0, 1, 0]), None)
-    kept = network.thinned(found)
+    kept = thinned(found, Thinning())
     assert kept.classes.tolist() == [0, 1, 0]
     assert kept.scores.tolist() == pytest.approx([0.9, 0.7, 0.2])
+    apart = [Detections(*(part[some] for part in found[:3]), None) for some in (slice(0, 2), slice(2, 4))]
+    assert all(torch.equal(a, b) for a, b in zip(joined(apart, Thinning())[:3], kept[:3], strict=True))
+    assert joined(apart[:1], Thinning()) is apart[0]
