@@ -28,7 +28,7 @@ def scene(rng: np.random.Generator, photo: np.ndarray, size: tuple[int, int]) ->
         if (taken & square).any():
             continue
         taken |= square
-        image[inside] = ((240, 60, 40) if kind == 3 else (30, 60, 220)) + rng.integers(-20, 20, 3)
+        image[inside] = ((230, 60, 40) if kind == 3 else (40, 60, 220)) + rng.integers(-20, 20, 3)
         ys, xs = inside.nonzero()
         box = [int(xs.min()), int(ys.min()), int(xs.max() - xs.min() + 1), int(ys.max() - ys.min() + 1)]
         encoded = runs.encode(np.asfortranarray(inside.astype(np.uint8)))
