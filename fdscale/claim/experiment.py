@@ -34,17 +34,17 @@ class Sizes:
     """How much of everything: images with labels, epochs, seeds, rates that are tried; width and depth of the ViT."""
 
     labelled: int = 2000
-    supervised: int = 60
-    contrastive: int = 6
-    distilled: int = 6
-    finetuned: int = 20
-    seeds: int = 5
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    supervised: int = 40
+    contrastive: int = 3
+    distilled: int = 4
+    finetuned: int = 15
+    seeds: int = 4
+    rates: tuple[float, ...] = (1e-3, 3e-3)
     width: int = 64
     depth: int = 4
 
 
-QUICK = Sizes(200, 4, 2, 2, 2, 2, (3e-3,), 32, 2)
+QUICK = Sizes(200, 2, 1, 1, 1, 2, (3e-3,), 32, 2)
 
 
 class Experiment:

@@ -67,7 +67,10 @@ def test_boxes_and_masks_stay_on_their_pixels(how: dict) -> None:
         for box, mask, kind in zip(seen.many["boxes"], masks, seen.many["classes"], strict=True):
             rows, columns = mask.nonzero().unbind(1)
             around = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
-            assert (box - around).abs().max() <= 1.5
+            assert (box[:2] <= around[:2] + 1.5).all()
+            assert (box[2:] >= around[2:] - 1.5).all()
+            if int(kind) == 1:  # of a disc that is cut, less than its box may be left
+                assert (box - around).abs().max() <= 1.5
             inside = seen.image[:, mask].float().mean(1)
             assert (inside[0] > inside[2]) == (int(kind) == 0)  # discs are red, squares blue
         again = objects.train_scene(image, member, number=number, **how)
