@@ -62,7 +62,7 @@ def test_boxes_and_masks_stay_on_their_pixels(how: dict) -> None:
         seen_cut += len(masks) < len(found)
         bright = seen.image.float().amax(0) > 100
         covered = masks.any(0)
-        assert (bright & ~covered).sum() <= 0.15 * bright.sum() + 8  # edges are interpolated
+        assert (bright & ~covered).sum() <= 0.15 * bright.sum() + 70  # edges are interpolated, slivers are left out
         assert (covered & ~(seen.image.float().amax(0) > 20)).sum() <= 0.15 * covered.sum() + 8
         for box, mask, kind in zip(seen.many["boxes"], masks, seen.many["classes"], strict=True):
             rows, columns = mask.nonzero().unbind(1)
