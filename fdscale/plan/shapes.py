@@ -114,7 +114,7 @@ class Networks:
 
     @property
     def head_flops(self) -> int:
-        """Multiply-adds of what stands behind the backbone, for one image: of a segmenter; else next to nothing."""
+        """Multiply-adds of what stands behind the backbone, for one image: of a segmenter or detector; else about 0."""
         count = getattr(self.module, "head_flops", None)
         return count((self.settings.data.image_size,) * 2) if count is not None else 0
 
@@ -161,6 +161,8 @@ class Networks:
         numbers = torch.empty(count, dtype=torch.int64, device="meta")
         if config.task_of(self.settings) == "segment":
             return images, torch.empty(count, size, size, dtype=torch.uint8, device="meta"), numbers
+        if config.task_of(self.settings) == "detect":
+            return images, torch.empty(count, 2, dtype=torch.int64, device="meta")
         if not self.teachers:
             return images, torch.empty(count, self.settings.classify.classes or 0, device="meta"), numbers
         targets = tuple(

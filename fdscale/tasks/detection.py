@@ -97,6 +97,8 @@ class Detector(nn.Module):
         counts (B,): objects of each image, of boxes (N, 4), classes (N,) and masks (N, S, S / 8) uint8, packed bits.
         numbers (B,): of the samples, for drop path and what is sampled. stuff (B, S, S) uint8, 255 without class.
         """
+        if images.is_meta:
+            return self._outline(images)
         content = [(int(height), int(width)) for height, width in sizes.tolist()]
         maps = self._maps(images, numbers)
         if counts is None:
@@ -123,6 +125,12 @@ class Detector(nn.Module):
             maps = [*maps[:-1], seen.transpose(1, 2).unflatten(2, last.shape[2:])]
         named = OrderedDict((str(place), x) for place, x in enumerate(self.neck(maps)))
         return list(self.fpn(named).values())
+
+    def _outline(self, images: Tensor) -> Tensor:
+        """For the plan, where images have a shape alone: a sum of what all parts make of as many boxes as can be."""
+        maps = self._maps(images, None)
+        scores, codes = self.rpn.head(list(maps))
+        return sum((x.float().sum() for x in (*scores, *codes)), start=self.regions.outline(maps))
 
     def _found(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]

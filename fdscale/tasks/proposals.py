@@ -90,9 +90,8 @@ class Proposals(RegionProposalNetwork):
         found, _ = self.filter_proposals(boxes, flat_scores, list(sizes), counts)
         if objects is None:
             return found, {}
-        return found, self._losses(
-            flat_scores.view(count, -1), flat_codes.view(count, -1, 4), anchors, objects, numbers
-        )
+        flat_scores, flat_codes = flat_scores.view(count, -1), flat_codes.view(count, -1, 4)
+        return found, self._losses(flat_scores, flat_codes, anchors, sizes, objects, numbers)
 
     def _anchors(self, grids: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
         """(A, 4) of all maps, in the order of what the head says: by rows, columns, then shapes."""
@@ -105,17 +104,30 @@ class Proposals(RegionProposalNetwork):
         return torch.cat(found).to(device, torch.float32)
 
     def _losses(
-        self, scores: Tensor, codes: Tensor, anchors: Tensor, objects: Sequence[Objects], numbers: Sequence[int]
+        self,
+        scores: Tensor,
+        codes: Tensor,
+        anchors: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        objects: Sequence[Objects],
+        numbers: Sequence[int],
     ) -> dict[str, Tensor]:
-        """Of each image as torchvision has them for it alone, as a mean over images."""
+        """Of each image as torchvision has them for it alone, as a mean over images.
+
+        But for anchors whose centre is beyond what is on an image: they do not count, as in mmdetection, since most of
+        a square may be empty.
+        """
         targets = [{"boxes": one.boxes} for one in objects]
         labels, matched = self.assign_targets_to_anchors([anchors] * len(objects), targets)
         wanted = self.box_coder.encode(matched, [anchors] * len(objects))
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
         objectness, boxes = [], []
-        for score, code, label, want, number in zip(scores, codes, labels, wanted, numbers, strict=True):
+        for score, code, label, want, size, number in zip(scores, codes, labels, wanted, sizes, numbers, strict=True):
+            label = label.where((centres < centres.new_tensor([size[1], size[0]])).all(1), -1.0)
             taken = sampled(label, SAMPLED, POSITIVE, (self.seed, number, 0))
             positive = taken[label[taken] > 0]
-            objectness.append(F.binary_cross_entropy_with_logits(score[taken], label[taken]))
+            judged = F.binary_cross_entropy_with_logits(score[taken], label[taken], reduction="sum")
             off = F.smooth_l1_loss(code[positive], want[positive], beta=BETA, reduction="sum")
-            boxes.append(off / len(taken))
+            objectness.append(judged / max(len(taken), 1))
+            boxes.append(off / max(len(taken), 1))
         return {"objectness": torch.stack(objectness).mean(), "proposal_boxes": torch.stack(boxes).mean()}

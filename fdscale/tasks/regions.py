@@ -320,6 +320,26 @@ class Regions(nn.Module):
             losses.append(F.binary_cross_entropy_with_logits(own, cut_out(known.masks, one, score.shape[-1])))
         return torch.stack(losses).mean()
 
+    def outline(self, maps: Sequence[Tensor]) -> Tensor:
+        """A sum of what all heads make of as many boxes as are sampled, without looking at where these are."""
+        total = maps[0].new_zeros((), dtype=torch.float32)
+        if self.semantic is not None:
+            scores, features = self.semantic(maps)
+            total = total + scores.logsumexp(1).sum() + features.float().sum()
+        seen = torch.stack([x.float().mean((2, 3)).sum(0) for x in maps]).sum(0)  # C
+        boxes, masks = SAMPLED * len(maps[0]), int(SAMPLED * POSITIVE) * len(maps[0])
+        for head in self.boxes:
+            pooled = seen[:, None, None].expand(boxes, -1, BOX_GRID, BOX_GRID).to(maps[0].dtype)
+            scores, codes = head(pooled.contiguous())
+            total = total + scores.log_softmax(-1).sum() + codes.sum()
+        for number in range(len(self.masks)):
+            pooled = seen[:, None, None].expand(masks, -1, MASK_GRID, MASK_GRID).to(maps[0].dtype).contiguous()
+            passed = None
+            for before in range(number if self.flows else 0):
+                _, passed = self.masks[before](pooled, passed)
+            total = total + self.masks[number](pooled, passed)[0].sigmoid().sum()
+        return total
+
     def flops(self, size: tuple[int, int]) -> int:
         """Multiply-adds (MACs) of training on one image of (height, width), with as many boxes as are sampled."""
         total = SAMPLED * sum(_macs(head, BOX_GRID**2) for head in self.boxes)

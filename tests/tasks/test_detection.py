@@ -122,6 +122,7 @@ def test_losses_are_torchvisions(all_taken: None) -> None:
     theirs = torchvisions(ours, rpn_batch_size_per_image=10**6, box_batch_size_per_image=10**6).train()
     for place in range(3):
         batch = one_of(scene(), place)
+        batch["sizes"] = torch.tensor([[SIDE, SIDE]])  # torchvision counts anchors beyond the image, too
         total = ours(**{name: value for name, value in batch.items() if name != "stuff"})
         sizes = [tuple(batch["sizes"][0].tolist())]
         masks = unpacked(batch["masks"]).to(torch.uint8)
@@ -292,6 +293,25 @@ def test_what_is_sampled_is_a_function_of_seed_number_and_use() -> None:
     few = sampled(torch.tensor([1, 0, 0, 0, 0]), 4, 0.5, (0, 0, 0))
     assert len(few) == 4  # the rest is filled with what is none
     assert few[0] == 0
+
+
+def test_anchors_beyond_the_image_do_not_count() -> None:
+    """What the square holds beyond it changes no loss of proposals."""
+    network = detector(norm="none").train()
+    batch = one_of(scene((2,)), 0)
+    batch["sizes"] = torch.tensor([[64, 64]])
+    batch["boxes"] = batch["boxes"].clamp(max=63)
+    maps = [x.detach() for x in network._maps(batch["images"], None)]
+    objects = [proposals.Objects(batch["boxes"], batch["classes"], None)]
+    _, before = network.rpn(maps, [(64, 64)], objects, [3])
+    for x, stride in zip(maps, network.rpn.strides, strict=True):
+        edge = int(64 / stride) + 2  # a 3 x 3 convolution sees one further
+        x[:, :, edge:], x[..., edge:] = 9.0, 9.0
+    _, after = network.rpn(maps, [(64, 64)], objects, [3])
+    for name, value in after.items():
+        assert value.item() == pytest.approx(before[name].item()), name
+    _, counted = network.rpn(maps, [(SIDE, SIDE)], objects, [3])
+    assert counted["objectness"] != after["objectness"]
 
 
 def test_packed_masks_and_stuff() -> None:
