@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fdscale import UserError, config, dist, student
 from fdscale.data import objects
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.stream import Samples
 from fdscale.engine.metrics import Work
@@ -119,7 +120,7 @@ class Detection:
         """AP of boxes and masks on the held-out set, with pictures."""
         settings = self.inputs.settings
 
-        def look(index: Index, engine: Any, go_on: GoOn, averaged: bool) -> Scores | None:
+        def look(index: Index | Folders, engine: Any, go_on: GoOn, averaged: bool) -> Scores | None:
             pictures = None if averaged else run.directory / "predictions"
             return evaluate(settings, index, engine, dtype, go_on, pictures)
 
@@ -141,7 +142,7 @@ def kinds(settings: config.Config) -> tuple[str, ...]:
 
 def evaluate(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     network: Network,
     dtype: torch.dtype,
     go_on: GoOn,
@@ -231,7 +232,7 @@ def _plain(found: Detections, size: tuple[int, int]) -> Found:
     return Found(*(part.cpu().numpy() for part in found[:3]), runs)
 
 
-def _submit(tally: AveragePrecision, index: Index, path: Path) -> None:
+def _submit(tally: AveragePrecision, index: Index | Folders, path: Path) -> None:
     """Write what was found as the official server takes it; a collective."""
     try:
         categories = json.loads((Path(index.root) / "categories.json").read_text())

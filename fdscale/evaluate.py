@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from fdscale import UserError, config, detect, dist, segment, student
 from fdscale.data.augment import eval_view
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.engine import checkpoint, memory
 from fdscale.engine.initialize import materialise, prepare_environment
@@ -171,7 +172,7 @@ def find(
 
 def _with_progress(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     moves: Callable[[], object],
     work: Callable[[Callable[[dict[str, Any]], bool]], Any],
 ) -> tuple[Any, list[dict[str, str]]]:
@@ -196,8 +197,10 @@ def _with_progress(
     return found, [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in rows]
 
 
-def names_of_classes(index: Index) -> list[str]:
-    """By number, where classes.json lies beside the shards."""
+def names_of_classes(index: Index | Folders) -> list[str]:
+    """By number, where classes.json lies beside the shards, or of the folders."""
+    if isinstance(index, Folders):
+        return index.names
     with contextlib.suppress(OSError, ValueError):
         return json_module.loads((Path(index.root) / "classes.json").read_text())
     return []
@@ -292,7 +295,7 @@ def held_out(settings: config.Config, dtype: torch.dtype, run: Run) -> HeldOut:
 
 def evaluate(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     classifier: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     go_on: GoOn,

@@ -146,7 +146,9 @@ class Data:
     weights: tuple[float, ...] | None = option(
         None, "makes each entry of data.shards a set of its own, with this share of the samples; null: all are one set"
     )
-    heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
+    heldout_shards: str | None = option(
+        None, "tars, or a folder of class folders, only evaluated on; null: no held-out loss", neutral=True
+    )
     heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
     heldout_samples: int | None = option(
         5000, "samples: evaluate on the first so many of the held-out set; null: on all", low=1, neutral=True

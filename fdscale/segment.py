@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fdscale import UserError, config, dist, student
 from fdscale.data import dense
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.stream import MASK, Samples
 from fdscale.engine.metrics import Work
@@ -97,7 +98,7 @@ class Segmentation:
         """mIoU, mAcc and aAcc on the held-out set, with pictures."""
         settings = self.inputs.settings
 
-        def look(index: Index, engine: Any, go_on: GoOn, averaged: bool) -> Scores | None:
+        def look(index: Index | Folders, engine: Any, go_on: GoOn, averaged: bool) -> Scores | None:
             pictures = None if averaged else run.directory / "predictions"
             in_step = engine.zero_optimization_stage() == 3
             return evaluate(settings, index, engine, dtype, go_on, pictures, in_step)
@@ -107,7 +108,7 @@ class Segmentation:
 
 def evaluate(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     network: Network,
     dtype: torch.dtype,
     go_on: GoOn,

@@ -111,7 +111,8 @@ def test_other_ranks_and_micro_batches_train_the_same(tiny_detect: Callable[...,
         found[ranks] = losses(run)
         assert samples(run, ranks) == samples(tmp_path / "1", 1)
     for step, (loss, _, lr) in found[1].items():
-        assert (found[2][step][0], found[2][step][2]) == (pytest.approx(loss, rel=2e-3), lr)
+        near = 1e-5 if step == 1 else 2e-2  # of boxes that nearly tie, others may be sampled then
+        assert (found[2][step][0], found[2][step][2]) == (pytest.approx(loss, rel=near), lr)
 
 
 @pytest.fixture(scope="module")

@@ -150,8 +150,7 @@ class Listing:
         if not self._at:
             raise UserError(nothing)
         if self._names:
-            numbers = all(name.isdecimal() for name in self._names)  # as ImageNet-V2's folders: 2 before 10
-            self.classes = sorted(self._names, key=lambda name: (int(name) if numbers else 0, name))
+            self.classes = in_order(self._names)
             self._ranks = [0] * len(self.classes)
             for rank, label in enumerate(self.classes):
                 self._ranks[self._names[label]] = rank
@@ -196,6 +195,13 @@ class Listing:
             count += 1
             key = f"{base}-{count}"
         return key
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Classes as they are numbered: by name, or by number where all names are such, as ImageNet-V2's: 2 before 10."""
+    known = list(names)
+    numbers = all(name.isdecimal() for name in known)
+    return sorted(known, key=lambda name: (int(name) if numbers else 0, name))
 
 
 def _usable(key: str) -> bool:

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fdscale import UserError
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.lost import Lost, Replaced
 from fdscale.data.mixture import Joined, Mixture
@@ -79,7 +80,7 @@ class Samples(Dataset):
 
     def __init__(
         self,
-        index: Index | Joined,
+        index: Index | Joined | Folders,
         order: Order | Mixture | Sequential,
         view: Callable[..., Any],
         classes: int | None = None,
@@ -206,7 +207,7 @@ def chosen_batches(
 
 
 def evaluation_batches(
-    index: Index,
+    index: Index | Folders,
     view: Callable[..., Any],
     *,
     micro_batch: int,
