@@ -144,6 +144,8 @@ class Experiment:
     def _rate(self, name: str, weights: Path | None) -> float:
         """The one of the rates with the best accuracy on the images to choose by, with one seed."""
         rates = self.sizes.rates
+        if len(rates) == 1:
+            return rates[0]
         found = [self._finetune(f"chosen-by-{name}-{rate:g}", weights, rate, 0, "chosen-by") for rate in rates]
         return rates[max(range(len(rates)), key=lambda place: found[place])]
 
