@@ -228,20 +228,23 @@ def soft_nms(
     """Soft-NMS (arXiv 1704.04503), class by class: which of the boxes (n, 4), the surest first, and all scores (n,).
 
     A box that overlaps a surer one of its class by IoU u keeps, where kind is linear, 1 - u of its score if u is above
-    `overlap`; where it is gaussian, exp(-u^2 / 0.5). Those that fall to `least` are left out.
+    `overlap`; where it is gaussian, exp(-u^2 / 0.5). Those that fall to `least` are left out. Memory is that of n: with
+    a low score to start from there may be tens of thousands of boxes.
     """
     scores, left, kept = scores.clone(), torch.ones_like(scores, dtype=torch.bool), []
     if not len(boxes):
         return scores.new_zeros(0, dtype=torch.int64), scores
-    alike = box_iou(boxes, boxes) * (classes[:, None] == classes)
-    factors = (-alike.square() / SIGMA).exp() if kind == "gaussian" else torch.where(alike > overlap, 1 - alike, 1.0)
     for _ in range(min(most, len(boxes))):
         best = int(torch.where(left, scores, -1.0).argmax())
         if not left[best] or scores[best] <= least:
             break
         kept.append(best)
         left[best] = False
-        scores = torch.where(left, scores * factors[best], scores)
+        alike = box_iou(boxes[best : best + 1], boxes)[0] * (classes == classes[best])
+        factors = (
+            (-alike.square() / SIGMA).exp() if kind == "gaussian" else torch.where(alike > overlap, 1 - alike, 1.0)
+        )
+        scores = torch.where(left, scores * factors, scores)
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device), scores
 
 

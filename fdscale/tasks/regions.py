@@ -9,6 +9,7 @@ Letters: B images, R boxes of all images, r of one, K classes, C channels. In th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,10 +20,11 @@ from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign, box_iou, clip_boxes_to_image, generalized_box_iou_loss, roi_align
+from torchvision.ops.poolers import initLevelMapper
 
 from fdscale.tasks.batch_norm import norm as normed
 from fdscale.tasks.proposals import BETA, Objects, sampled
-from fdscale.tasks.upernet import resized
+from fdscale.tasks.semantic import Semantic, stuff_loss
 
 SAMPLED, POSITIVE = 512, 0.25  # boxes of an image that count, and which share may be of objects
 BOX_GRID, MASK_GRID = 7, 14
@@ -85,28 +87,6 @@ class MaskHead(nn.Module):
         return self.mask_predictor(features).float()[:, 1:], features
 
 
-class Semantic(nn.Module):
-    """The classes of pixels beside the objects, from all maps at a stride of 8 (Hybrid Task Cascade).
-
-    After mmdetection's FusedSemanticHead: each map through a 1 x 1 convolution, summed at the second map's size, four
-    convolutions; from there to what boxes are told and to the scores.
-    """
-
-    def __init__(self, channels: int, levels: int, classes: int, norm: Callable[[int], nn.Module] | None) -> None:
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(nn.Conv2d(channels, channels, 1) for _ in range(levels))
-        self.convs = MaskRCNNHeads(channels, [channels] * 4, 1, norm)
-        self.conv_embedding = nn.Conv2d(channels, channels, 1)
-        self.conv_logits = nn.Conv2d(channels, classes, 1)
-
-    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Scores (B, classes, H / 8, W / 8) float32 and features (B, C, H / 8, W / 8)."""
-        size = maps[1].shape[2:]
-        laterals = [F.relu(conv(x)) for conv, x in zip(self.lateral_convs, maps, strict=True)]
-        x = self.convs(torch.stack([resized(one, size) for one in laterals]).sum(0))
-        return self.conv_logits(x).float(), F.relu(self.conv_embedding(x))
-
-
 class Matched(NamedTuple):
     """Boxes of one image (r, 4) with labels (r,), 0 nothing and class + 1 otherwise; of which object, (r,)."""
 
@@ -143,7 +123,7 @@ class Regions(nn.Module):
         self.strides = strides
         self._coders = [BoxCoder(stage.codes) for stage in self.stages]
         self._matchers = [Matcher(stage.overlap, stage.overlap, False) for stage in self.stages]
-        self._pools = {grid: MultiScaleRoIAlign(list(NAMES), grid, 2) for grid in (BOX_GRID, MASK_GRID)}
+        self._pools = {grid: _aligner(grid, strides) for grid in (BOX_GRID, MASK_GRID)}
 
     def losses(
         self,
@@ -222,7 +202,7 @@ class Regions(nn.Module):
         scores, features = self.semantic(maps)
         if stuff is None:
             return features, {}
-        return features, {"stuff": 0.2 * stuff_loss(scores, stuff)}
+        return features, {"stuff": 0.2 * stuff_loss(scores, stuff, self.strides[1])}
 
     def _pool(self, grid: int, maps: Sequence[Tensor], boxes: Sequence[Tensor], told: Tensor | None) -> Tensor:
         """(R, C, grid, grid) in the maps' dtype; aligned in float32, which is what torchvision's op knows."""
@@ -356,6 +336,14 @@ class Regions(nn.Module):
         return total
 
 
+def _aligner(grid: int, strides: Sequence[float]) -> MultiScaleRoIAlign:
+    """torchvision's, told of the strides: it would round what it sees to powers of two, and a ViT may have 3.5."""
+    found = MultiScaleRoIAlign(list(NAMES), grid, 2)
+    found.scales = [1 / stride for stride in strides]
+    found.map_levels = initLevelMapper(round(math.log2(strides[0])), round(math.log2(strides[-1])))
+    return found
+
+
 def _some(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes (r, 4), or where there are none one of the whole image, since no part may go without input."""
     return boxes if len(boxes) else boxes.new_tensor([[0.0, 0.0, size[1], size[0]]])
@@ -378,28 +366,20 @@ def unpacked(bits: Tensor) -> Tensor:
     return ((bits[..., None] & powers) > 0).flatten(-2)
 
 
-def stuff_loss(scores: Tensor, stuff: Tensor) -> Tensor:
-    """Cross-entropy of scores (B, K, h, w) with every so many-th pixel of (B, H, W), as a mean over images of the mean
-    over pixels that have a class."""
-    step = stuff.shape[1] // scores.shape[2]
-    labels = stuff[:, step // 2 :: step, step // 2 :: step][:, : scores.shape[2], : scores.shape[3]].long()
-    known = labels != 255
-    chosen = scores.gather(1, torch.where(known, labels, 0)[:, None])[:, 0]
-    losses = (scores.logsumexp(1) - chosen) * known
-    return (losses.flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)).mean()
-
-
 def _macs(part: nn.Module, cells: int) -> int:
-    """Multiply-adds of the layers of a part, convolutions on so many cells each; a transposed one makes four of one."""
+    """Multiply-adds of the layers of a part, convolutions on so many cells each; a transposed one makes four of one,
+    for those beside it."""
     total = 0
-    for layer in part.modules():
+    for layer in part.children():
+        total += _macs(layer, cells)
         if isinstance(layer, nn.ConvTranspose2d):
-            total += 4 * layer.in_channels * layer.out_channels * cells
             cells *= 4
-        elif isinstance(layer, nn.Conv2d):
-            total += layer.weight.numel() * cells
-        elif isinstance(layer, nn.Linear):
-            total += layer.weight.numel()
+    if isinstance(part, nn.ConvTranspose2d):
+        total += 4 * part.in_channels * part.out_channels * cells
+    elif isinstance(part, nn.Conv2d):
+        total += part.weight.numel() * cells
+    elif isinstance(part, nn.Linear):
+        total += part.weight.numel()
     return total
 
 

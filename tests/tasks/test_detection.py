@@ -19,7 +19,8 @@ from fdscale.models.vit import ViT
 from fdscale.tasks import proposals, regions
 from fdscale.tasks.detection import Detections, Detector, Thinning, joined, pasted, soft_nms, thinned
 from fdscale.tasks.proposals import sampled
-from fdscale.tasks.regions import stuff_loss, unpacked
+from fdscale.tasks.regions import unpacked
+from fdscale.tasks.semantic import stuff_loss
 
 SIDE, CLASSES = 96, 3
 SWIN = {
@@ -320,10 +321,10 @@ def test_packed_masks_and_stuff() -> None:
     assert torch.equal(unpacked(torch.from_numpy(np.packbits(mask, axis=-1))), torch.from_numpy(mask))
     scores = torch.randn(2, 4, 3, 3)
     stuff = torch.full((2, 24, 24), 255, dtype=torch.uint8)
-    assert stuff_loss(scores, stuff).item() == 0
+    assert stuff_loss(scores, stuff, 8).item() == 0
     stuff[0] = 2
     wanted = nn.functional.cross_entropy(scores[:1], torch.full((1, 3, 3), 2)) / 2
-    assert stuff_loss(scores, stuff).item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert stuff_loss(scores, stuff, 8).item() == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_thinning_keeps_the_surest_of_a_class() -> None:
