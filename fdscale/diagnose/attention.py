@@ -61,7 +61,9 @@ def watched(network: nn.Module, size: tuple[int, int], see: See) -> Iterator[Non
     handles = []
     found = list(_blocks(network))
     if not found:
-        raise UserError(f"no block of {type(network).__name__} has attention that can be looked at; see docs/diagnose.md")
+        raise UserError(
+            f"no block of {type(network).__name__} has attention that can be looked at; see docs/diagnose.md"
+        )
     fused = [(attn, attn.fused_attn) for _, attn in found if getattr(attn, "fused_attn", False)]
     for attn, _ in fused:
         attn.fused_attn = False

@@ -51,8 +51,7 @@ def effective_rank(values: Tensor) -> float:
     """exp(entropy) of eigenvalues (C,) that are scaled to sum to 1; 0 where all are 0."""
     if float(values.sum()) <= 0:
         return 0.0
-    share = values / values.sum()
-    return float(torch.exp(-(share * share.clamp_min(1e-300).log()).sum()))
+    return float(torch.special.entr(values / values.sum()).sum().exp())
 
 
 class Likeness:

@@ -19,7 +19,7 @@ class Look(NamedTuple):
 
     distance: (h,) pixels between a query and what it looks at: sum of weight x Euclidean distance, mean over queries.
     spread: (h,) its standard deviation over images. similarity: (h, h) cosine of heads' maps, flattened. average:
-    (h, N, N) the maps. offsets: (h, 2 Wh - 1, 2 Ww - 1) mean weight at (key - query), rows and columns, 0 in the middle.
+    (h, N, N) the maps. offsets: (h, 2 Wh - 1, 2 Ww - 1) mean weight at (key - query), down and across.
     diagonality, columns: (h,) share of the variance of an average map's entries that is explained by the offset alone,
     by the key alone; 0 where all entries are equal. images: how many.
     """
@@ -38,9 +38,11 @@ class Look(NamedTuple):
     def likeness(self) -> float:
         """Mean cosine of two different heads; NaN where there is one."""
         count = len(self.similarity)
-        return float((self.similarity.sum() - self.similarity.diagonal().sum()) / max(count * (count - 1), 1)) if (
-            count > 1
-        ) else float("nan")
+        return (
+            float((self.similarity.sum() - self.similarity.diagonal().sum()) / max(count * (count - 1), 1))
+            if (count > 1)
+            else float("nan")
+        )
 
 
 class Heads:

@@ -79,7 +79,7 @@ def _place(network: nn.Module, before: Values, directions: Sequence[Values], ste
 
 
 def sharpness(network: nn.Module, loss: Callable[[], Tensor], seed: int, steps: int = 20) -> tuple[float, float]:
-    """The largest eigenvalue (by size) of the Hessian of a loss over all parameters, by power iteration; and by how much the last
+    """The eigenvalue of largest size of a loss's Hessian over all parameters, by power iteration; and how much the last
     step changed it, relative to it.
 
     loss: with a graph, the same at each call.

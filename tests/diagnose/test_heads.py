@@ -116,9 +116,7 @@ def test_ours_is_timms_with_the_same_weights() -> None:
     """Swin V2 with shifted windows: weights, windows, places and cells."""
     torch.manual_seed(0)
     ours = SwinV2(**SWIN, img_size=(32, 64), pretrained_window_sizes=(0, 0), post_norm_init=1.0)
-    theirs = timm.models.swin_transformer_v2.SwinTransformerV2(
-        img_size=(32, 64), num_classes=0, **SWIN
-    )
+    theirs = timm.models.swin_transformer_v2.SwinTransformerV2(img_size=(32, 64), num_classes=0, **SWIN)
     state = {
         name.replace("layers.0.downsample", "layers.1.downsample"): value for name, value in ours.state_dict().items()
     }
