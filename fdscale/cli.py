@@ -72,7 +72,7 @@ def _finetune(verbs: argparse._SubParsersAction) -> None:
         "    --set data.heldout_shards=/data/imagenet/val\n"
         "  student.weights: a run of `fdscale distill`, or a file. The same command again goes on where it stopped."
     )
-    text = "train a distilled student as a classifier of images, or of their pixels"
+    text = "train a distilled student as a classifier of images or of their pixels, or to find objects"
     _training(verb(verbs, "finetune", "fdscale.finetune:main", text, example))
 
 
@@ -91,7 +91,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         "  With torchrun or srun, ranks share the work; the result is the same. Weights of others, by a recipe:\n"
         "  fdscale evaluate clip_vit_base_300_finetune --weights clip_b_ft.pth --set data.heldout_shards=..."
     )
-    text = "measure a classifier's or segmenter's accuracy on the held-out set, each image once"
+    text = "measure a classifier's, segmenter's or detector's accuracy on the held-out set, each image once"
     sub = verb(verbs, "evaluate", "fdscale.evaluate:main", text, example)
     _trained(sub, "take a whole classifier's weights from a file")
     sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
@@ -100,6 +100,8 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
         "labels in place of those in the shards, one or several for an image: real.json of ImageNet ReaL, JSON or text"
     )
     sub.add_argument("--labels", metavar="FILE", help=which)
+    server = "JSON file for what a detector has found, as COCO's server takes it"
+    sub.add_argument("--results", metavar="FILE", help=server)
     to = "JSON file to write, with the accuracy of each class (default: RUN/evaluation/STEP.json)"
     sub.add_argument("--out", metavar="FILE", help=to)
     sub.add_argument("--json", action="store_true", help="print it, too")

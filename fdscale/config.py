@@ -28,13 +28,20 @@ from fdscale.strict import hints_of, nearest, read_yaml, section, value_of
 VERBS = {  # and their tasks
     "distill": ("distill",),
     "cache": ("distill",),
-    "finetune": ("finetune", "segment"),
-    "evaluate": ("finetune", "segment"),
+    "finetune": ("finetune", "segment", "detect"),
+    "evaluate": ("finetune", "segment", "detect"),
 }
+LABELLED = {
+    "finetune": "classify",
+    "segment": "segment",
+    "detect": "detect",
+}  # the task's section, whose classes say so
 UNUSED = {  # sections that a task leaves aside
-    "distill": ("classify", "segment"),
-    "finetune": ("teacher", "teachers", "objective", "cache", "segment"),
-    "segment": ("teacher", "teachers", "objective", "cache", "classify"),
+    "distill": tuple(LABELLED.values()),
+    **{
+        task: ("teacher", "teachers", "objective", "cache", *(one for one in LABELLED.values() if one != own))
+        for task, own in LABELLED.items()
+    },
 }
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -140,9 +147,12 @@ def _override_section(section: Any, keys: list[str], value: Any, prefix: str, wh
 
 def task_of(config: Config) -> str:
     """What a recipe is for, a key of UNUSED."""
-    if config.segment.classes is not None:
-        return "segment"
-    return "distill" if config.classify.classes is None else "finetune"
+    return next((task for task in LABELLED if classes_of(config, task) is not None), "distill")
+
+
+def classes_of(config: Config, task: str) -> int | None:
+    """How many classes a task of LABELLED tells apart; None: the recipe is not for it."""
+    return getattr(config, LABELLED[task]).classes
 
 
 def teachers_of(config: Config) -> dict[str, Teacher]:
@@ -163,12 +173,13 @@ def check_verb(config: Config, verb: str) -> None:
     if task == "distill":
         raise UserError(
             f"the recipe is for distillation (classify.classes is not set), and `fdscale {verb}` needs the number of "
-            "classes: take a recipe for fine-tuning (`fdscale recipes`), or --set classify.classes=1000"
+            "classes: take a recipe for fine-tuning (`fdscale recipes`), or --set classify.classes=1000 (of pixels: "
+            "segment.classes, of objects: detect.classes)"
         )
-    key = "classify" if task == "finetune" else "segment"
+    key = f"{LABELLED[task]}.classes"
     raise UserError(
-        f"the recipe is for fine-tuning ({key}.classes is {getattr(config, key).classes}): run it with `fdscale "
-        f"finetune`, or set {key}.classes=null"
+        f"the recipe is for fine-tuning ({key} is {classes_of(config, task)}): run it with `fdscale finetune`, or set "
+        f"{key}=null"
     )
 
 
@@ -184,6 +195,8 @@ def check(config: Config, where: str) -> None:
         raise UserError(
             f"{where}: the schedule needs exactly one of schedule.steps and schedule.epochs (set the other to null)"
         )
+    if sorted(schedule.drops) != list(schedule.drops):
+        raise UserError(f"{where}: schedule.drops must rise, got {list(schedule.drops)}")
     if schedule.warmup_steps is not None and schedule.warmup_epochs is not None:
         raise UserError(f"{where}: set only one of schedule.warmup_steps and schedule.warmup_epochs")
     if max(schedule.min_lr, schedule.warmup_lr) > config.optim.lr:
@@ -198,11 +211,19 @@ def check(config: Config, where: str) -> None:
     _check_teachers(config, where)
     if task_of(config) != "distill" and cache.epochs is not None:
         raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
-    if config.segment.classes is not None and config.classify.classes is not None:
-        raise UserError(f"{where}: classify.classes and segment.classes are both set; set the other to null")
+    named = [f"{LABELLED[task]}.classes" for task in LABELLED if classes_of(config, task) is not None]
+    if len(named) > 1:
+        raise UserError(f"{where}: {' and '.join(named)} are set; set all but one to null")
     if config.classify.head != "fresh" and config.student.weights is None:
         raise UserError(
             f"{where}: classify.head is {config.classify.head}, but student.weights, which holds it, is not set"
+        )
+    if config.detect.head != "fresh" and config.student.weights is None:
+        raise UserError(f"{where}: detect.head is fitting, but student.weights, another detector, is not set")
+    if config.detect.bounds is not None and max(config.detect.bounds) > config.data.image_size:
+        raise UserError(
+            f"{where}: detect.bounds {list(config.detect.bounds)} do not fit into the square of data.image_size "
+            f"{config.data.image_size}"
         )
     if config.memory.micro_batch % together(config):
         raise UserError(
@@ -213,6 +234,8 @@ def check(config: Config, where: str) -> None:
         ("data.scale", config.data.scale),
         ("data.ratio", config.data.ratio),
         ("segment.ratio", config.segment.ratio),
+        ("detect.jitter", config.detect.jitter),
+        ("detect.short_side", config.detect.short_side),
     ):
         if not 0 < low <= high:
             raise UserError(f"{where}: {key} must be two rising positive numbers, got [{low:g}, {high:g}]")
@@ -282,13 +305,15 @@ def trajectory(config: Config) -> dict[str, Any]:
     Files are identified by their content elsewhere.
     """
     # Keys that do nothing as they are set are left out, so that runs from before they were there go on.
-    excluded = {"student.weights", "classify.head", "teacher.weights"}
+    excluded = {"student.weights", "classify.head", "detect.head", "teacher.weights"}
     if config.cache.epochs is None:
         excluded |= {"cache.epochs", "cache.dtype"}
     if config.student.linear == "same":
         excluded |= {"student.linear"}
     if config.schedule.shape == "cosine":
         excluded |= {"schedule.shape", "schedule.power"}
+    if config.schedule.shape != "steps":
+        excluded |= {"schedule.drops"}
     teachers = teachers_of(config)
     if all(teacher.whiten != "phi_s" for teacher in teachers.values()):
         excluded |= {"objective.whiten_samples"}

@@ -8,6 +8,7 @@ for the accelerator.
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import re
 import subprocess
@@ -192,6 +193,7 @@ def close() -> None:
     """Leave the group; further calls see a single process again."""
     global _host_group
     if torch_dist.is_initialized():
+        gc.collect()  # while anything in a cycle holds the group, gloo's threads live on, and may abort at exit
         torch_dist.destroy_process_group()
     _host_group = None
 

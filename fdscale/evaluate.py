@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdscale import UserError, config, dist, segment, student
+from fdscale import UserError, config, detect, dist, segment, student
 from fdscale.data.augment import eval_view
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.engine import checkpoint, memory
 from fdscale.engine.initialize import materialise, prepare_environment
@@ -45,6 +46,7 @@ def main(
     ema: bool,
     dtype: str,
     labels: str | None,
+    results: str | None,
     out: str | None,
     json: bool,
 ) -> int:
@@ -60,7 +62,14 @@ def main(
         what = found if found is not None else str(weights)
         pictures = None if out is None else Path(out).with_suffix("")
         report = measure(
-            settings, what, averaged=ema, dtype=dtype, labels=labels, moves=watchdog.again, pictures=pictures
+            settings,
+            what,
+            averaged=ema,
+            dtype=dtype,
+            labels=labels,
+            moves=watchdog.again,
+            pictures=pictures,
+            results=results,
         )
     finally:
         watchdog.stop()
@@ -79,30 +88,36 @@ def measure(
     labels: str | None = None,
     moves: Callable[[], object] = lambda: None,
     pictures: Path | None = None,
+    results: str | None = None,
 ) -> dict[str, Any]:
     """The accuracy of a checkpoint, or of a file of weights, on the held-out set, as plain data; a collective.
 
     averaged: take the average of the weights. labels: a file of `tasks.labels`, in place of those of the set. moves:
-    called with each micro-batch. pictures: of a segmenter, a folder for some predictions. Raises UserError for what
-    cannot be evaluated.
+    called with each micro-batch. pictures: of a segmenter or detector, a folder for some predictions. results: of a
+    detector, a file for the official server. Raises UserError for what cannot be evaluated.
     """
     config.check_verb(settings, "evaluate")
     index = open_heldout(settings.data)
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     precision = getattr(torch, dtype)
-    if config.task_of(settings) == "segment":
-        if labels is not None:
-            raise UserError("--labels is for classifiers; masks are in the shards")
-        build: Callable[..., nn.Module] = student.build_segmenter
-        work: Callable[..., Any] = functools.partial(segment.evaluate, pictures=pictures)
-        describe: Callable[..., dict[str, Any]] = segment.report
+    task = config.task_of(settings)
+    if labels is not None and task != "finetune":
+        raise UserError("--labels is for classifiers; masks and objects are in the shards")
+    if results is not None and task != "detect":
+        raise UserError("--results is for detectors")
+    describe: Callable[..., dict[str, Any]]
+    work: Callable[..., Any]
+    if task == "segment":
+        work, describe = functools.partial(segment.evaluate, pictures=pictures), segment.report
+    elif task == "detect":
+        file = None if results is None else Path(results)
+        work, describe = functools.partial(detect.evaluate, pictures=pictures, results=file), detect.report
     else:
         assert settings.classify.classes is not None
         others = None if labels is None else read_labels(labels, settings.classify.classes)
-        build, describe = student.build_classifier, _report
-        work = functools.partial(evaluate, labels=others)
-    module = build(settings, student.build(settings, training=False))
+        work, describe = functools.partial(evaluate, labels=others), _report
+    module = student.build_labelled(settings, student.build(settings, training=False))
     _load(settings, module, weights, averaged, precision)
     found, left_out = _with_progress(
         settings, index, moves, lambda go_on: work(settings, index, module, precision, go_on)
@@ -157,7 +172,7 @@ def find(
 
 def _with_progress(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     moves: Callable[[], object],
     work: Callable[[Callable[[dict[str, Any]], bool]], Any],
 ) -> tuple[Any, list[dict[str, str]]]:
@@ -182,8 +197,10 @@ def _with_progress(
     return found, [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in rows]
 
 
-def names_of_classes(index: Index) -> list[str]:
-    """By number, where classes.json lies beside the shards."""
+def names_of_classes(index: Index | Folders) -> list[str]:
+    """By number, where classes.json lies beside the shards, or of the folders."""
+    if isinstance(index, Folders):
+        return index.names
     with contextlib.suppress(OSError, ValueError):
         return json_module.loads((Path(index.root) / "classes.json").read_text())
     return []
@@ -238,7 +255,13 @@ def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
         print(f"left out: {one['shard']}: sample '{one['key']}': {one['reason']}", file=sys.stderr)
     if len(report["left_out"]) > SHOWN:
         print(f"left out: {len(report['left_out']) - SHOWN} more", file=sys.stderr)
-    if "miou" in report:
+    if "box_ap" in report:
+        found = ", ".join(
+            f"{kind} AP {_share(report[f'{kind}_ap'])}, AP50 {_share(report[f'{kind}_ap50'])}"
+            for kind in ("box", "mask")
+            if f"{kind}_ap" in report
+        )
+    elif "miou" in report:
         found = f"mIoU {report['miou']:.2%}, mAcc {report['macc']:.2%}, aAcc {report['aacc']:.2%}"
     else:
         found = f"top-1 {report['top1']:.2%}, top-5 {report['top5']:.2%}, loss {report['loss']:.4f}"
@@ -248,6 +271,10 @@ def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
     )
     if out is not None:
         print(f"per class: {out}")
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
 
 
 def held_out(settings: config.Config, dtype: torch.dtype, run: Run) -> HeldOut:
@@ -268,7 +295,7 @@ def held_out(settings: config.Config, dtype: torch.dtype, run: Run) -> HeldOut:
 
 def evaluate(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     classifier: Callable[[Tensor], Tensor],
     dtype: torch.dtype,
     go_on: GoOn,

@@ -24,7 +24,7 @@ from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
 from fdscale.models import convert
 from fdscale.run import write_atomically
-from fdscale.student import PREFIX, backbone, build_classifier, build_segmenter, find_checkpoint
+from fdscale.student import PREFIX, backbone, build_labelled, find_checkpoint
 
 PROJECTOR = "projector."  # of a distillation, which is not exported
 SUFFIX = ".safetensors"
@@ -105,8 +105,8 @@ def export(
 def student(reader: Reader, names: str, found: Path) -> tuple[dict[str, tuple[str, torch.Size]], dict[str, str]]:
     """Exported name -> the checkpoint's name and shape, for all of the student; and what to say about them.
 
-    Of a classifier that is the head, too, and of a segmenter its heads with their buffers. Raises UserError where the
-    checkpoint and its config do not fit.
+    Of a classifier that is the head, too, and of a segmenter or detector its heads with their buffers. Raises UserError
+    where the checkpoint and its config do not fit.
     """
     settings = config.from_dict(reader.state["config"], str(found / "state.json"))
     model = backbone(settings)
@@ -115,15 +115,14 @@ def student(reader: Reader, names: str, found: Path) -> tuple[dict[str, tuple[st
     origins = dict(zip(convert.export(model, names), shapes.items(), strict=True))
     task = config.task_of(settings)
     if task != "distill":
-        whole = build_classifier(settings, model) if task == "finetune" else build_segmenter(settings, model)
-        for name, parameter in whole.named_parameters():
+        for name, parameter in build_labelled(settings, model).named_parameters():
             if name not in shapes:
                 shapes[name] = parameter.shape
                 origins[head_name(name, names, settings.student.model)] = (name, parameter.shape)
     kept = {name: shape for name, shape in reader.state["parameters"].items() if not name.startswith(PROJECTOR)}
     if kept != {name: list(shape) for name, shape in shapes.items()}:
         raise UserError(f"{found}: its student is not the one that its config describes")
-    if task == "segment":
+    if task in ("segment", "detect"):
         origins |= {name: (name, value.shape) for name, value in reader.buffers()}
     step, model_name = str(reader.state["step"]), settings.student.model
     return origins, {"fdscale": __version__, "step": step, "model": model_name, "names": names}

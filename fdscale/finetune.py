@@ -1,4 +1,5 @@
-"""Fine-tuning a distilled backbone: as a classifier of images, here, or of their pixels (`fdscale.segment`)."""
+"""Fine-tuning a distilled backbone: as a classifier of images, here, of their pixels (`segment`), or to find objects
+(`detect`)."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fdscale import config, dist, student
 from fdscale.data.mixing import Mixing, erase, mixed_images, mixed_targets
 from fdscale.data.randaugment import RandAugment
+from fdscale.detect import Detection
 from fdscale.engine.metrics import Work
 from fdscale.evaluate import held_out
 from fdscale.inputs import MEAN, normalise, open_inputs, to_device, training_batches, training_samples
@@ -45,7 +47,12 @@ def finetune(
 
 def task_for(settings: config.Config, world: int) -> Task:
     """The task that a recipe for fine-tuning describes. Raises UserError where its data cannot be had."""
-    return Classification(settings, world) if config.task_of(settings) == "finetune" else Segmentation(settings, world)
+    tasks: dict[str, Callable[[config.Config, int], Task]] = {
+        "finetune": Classification,
+        "segment": Segmentation,
+        "detect": Detection,
+    }
+    return tasks[config.task_of(settings)](settings, world)
 
 
 class Classification:

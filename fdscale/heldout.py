@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fdscale import config
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.engine import ema
 from fdscale.inputs import open_heldout
@@ -25,7 +26,7 @@ class HeldOut:
         self,
         settings: config.Config,
         run: Run,
-        look: Callable[[Index, Any, GoOn, bool], Any],
+        look: Callable[[Index | Folders, Any, GoOn, bool], Any],
         record: Callable[[Any], dict[str, float]],
         also: tuple[str, ...],
     ) -> None:
@@ -47,7 +48,7 @@ class HeldOut:
             record |= {f"{name}_ema": value for name, value in self._record(averaged).items() if name in self._also}
         return record
 
-    def _evaluate(self, index: Index, engine: Any, averaged: bool) -> Any:
+    def _evaluate(self, index: Index | Folders, engine: Any, averaged: bool) -> Any:
         engine.eval()
         found = self._look(index, engine, self._go_on, averaged)
         engine.train()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fdscale import UserError, config, dist, keys
 from fdscale.data.augment import train_view
+from fdscale.data.folders import Folders, is_folder
 from fdscale.data.index import Index, open_index
 from fdscale.data.mixture import Joined, Mixture, quotas
 from fdscale.data.order import Order, check_world, default_lanes
@@ -97,6 +98,11 @@ def span_of(settings: config.Config, samples_per_epoch: int) -> int | None:
 def open_sets(data: keys.Data) -> Index | Joined:
     """The training data: one set, or with data.weights several."""
     assert data.shards is not None
+    for one in data.shards:
+        if is_folder(one):
+            raise UserError(
+                f"data.shards: {one} holds images, no shards: `fdscale shards make {one} DIRECTORY` packs it"
+            )
     count = len(data.shards)
     if data.weights is None:
         if data.index is not None and len(data.index) > 1:
@@ -110,8 +116,10 @@ def open_sets(data: keys.Data) -> Index | Joined:
     return Joined([open_index(one, place, cache) for one, place in zip(data.shards, places, strict=True)])
 
 
-def open_heldout(data: keys.Data) -> Index | None:
-    """The held-out set, or None where there is none."""
+def open_heldout(data: keys.Data) -> Index | Folders | None:
+    """The held-out set, shards or a folder of class folders, or None where there is none."""
+    if is_folder(data.heldout_shards):
+        return Folders(str(data.heldout_shards))
     return open_index(data.heldout_shards, data.heldout_index, shard_cache(data)) if data.heldout_shards else None
 
 
@@ -169,26 +177,27 @@ def training_batches(
 
 def heldout_batches(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     view: Callable[..., Any],
     classes: int | None = None,
-    masks: bool = False,
+    members: Sequence[tuple[str, ...]] = (),
+    micro_batch: int | None = None,
 ) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of views of the held-out samples, each exactly once over all ranks.
 
-    masks: with masks, and as images keep their sizes one at a time.
+    classes, members: see `Samples`. micro_batch: where it is not memory.micro_batch: 1, as images keep their sizes.
     """
     return evaluation_batches(
         index,
         view,
         limit=settings.data.heldout_samples,
-        micro_batch=1 if masks else settings.memory.micro_batch,
+        micro_batch=micro_batch or settings.memory.micro_batch,
         rank=dist.rank(),
         world=dist.world(),
         workers=settings.data.workers,
         pin_memory=torch.cuda.is_available(),
         classes=classes,
-        masks=masks,
+        members=members,
     )
 
 

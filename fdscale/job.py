@@ -24,7 +24,7 @@ from fdscale.engine.initialize import initialize, prepare_environment, read_ds_c
 from fdscale.engine.metrics import Meter, Work, peak_flops
 from fdscale.engine.room import Room, open_room
 from fdscale.engine.saver import Saver
-from fdscale.engine.schedule import cosine, poly
+from fdscale.engine.schedule import cosine, poly, stairs
 from fdscale.inputs import Inputs
 from fdscale.kernels import check
 from fdscale.recovery import Recovery
@@ -292,8 +292,13 @@ def _train(
         run.clock.mark("evaluation")
     run.start_progress(state.step, last)
     assert schedule.steps is not None
+    shapes: dict[str, Callable[..., float]] = {
+        "cosine": cosine,
+        "poly": functools.partial(poly, power=schedule.power),
+        "steps": functools.partial(stairs, drops=schedule.drops),
+    }
     lr = functools.partial(
-        cosine if schedule.shape == "cosine" else functools.partial(poly, power=schedule.power),
+        shapes[schedule.shape],
         steps=schedule.steps,
         lr=optim.lr,
         min_lr=schedule.min_lr,

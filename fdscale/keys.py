@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fdscale.keys_detect import Detect
 from fdscale.keys_segment import Segment
 from fdscale.strict import option
 
@@ -145,7 +146,9 @@ class Data:
     weights: tuple[float, ...] | None = option(
         None, "makes each entry of data.shards a set of its own, with this share of the samples; null: all are one set"
     )
-    heldout_shards: str | None = option(None, "tars that are only evaluated on; null: no held-out loss", neutral=True)
+    heldout_shards: str | None = option(
+        None, "tars, or a folder of class folders, only evaluated on; null: no held-out loss", neutral=True
+    )
     heldout_index: str | None = option(None, "directory of their index; null: index/ beside them", neutral=True)
     heldout_samples: int | None = option(
         5000, "samples: evaluate on the first so many of the held-out set; null: on all", low=1, neutral=True
@@ -226,9 +229,11 @@ class Schedule:
 
     shape: str = option(
         "cosine",
-        "cosine, as timm's CosineLRScheduler, or poly, mmsegmentation's: (1 - step / steps) ^ power",
-        choices=("cosine", "poly"),
+        "cosine, as timm's CosineLRScheduler; poly, mmsegmentation's: (1 - step / steps) ^ power; or steps, a tenth "
+        "from each of schedule.drops on",
+        choices=("cosine", "poly", "steps"),
     )
+    drops: tuple[float, ...] = option((0.75, 11 / 12), "shares of the run after which steps falls", low=0.0, high=1.0)
     power: float = option(1.0, "exponent of poly; 1: linear", low=0.0)
     steps: int | None = option(None, "steps of the whole run", low=1)
     epochs: float | None = option(None, "the same in epochs", low=0.0)
@@ -357,6 +362,7 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     classify: Classify = field(default_factory=Classify)
     segment: Segment = field(default_factory=Segment)
+    detect: Detect = field(default_factory=Detect)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)
     schedule: Schedule = field(default_factory=Schedule)

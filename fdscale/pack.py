@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,7 @@ from fdscale.data.listing import Columns
 from fdscale.data.recode import Recoding
 from fdscale.data.reshard import reshard as reshard_shards
 from fdscale.data.shard_cache import GIB, ShardCache
+from fdscale.data.shards import LOST_OBJECTS
 from fdscale.data.shards import make as make_shards
 from fdscale.data.stats import stats as stats_of
 from fdscale.data.tar import Problem
@@ -96,6 +98,10 @@ def make(
         )
     passed.show(f"{out}/left-out.jsonl")
     _print_made(made, out, json, passed.count, f"{out}/left-out.jsonl")
+    lost = Path(out) / LOST_OBJECTS
+    if lost.exists():
+        count = sum(1 for _ in lost.open())
+        print(f"left out of the others: {count} objects; they are listed in {lost}", file=sys.stderr)
     return 0
 
 

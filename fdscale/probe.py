@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fdscale import UserError, assemble, config, dist, student
 from fdscale.data.augment import eval_view
+from fdscale.data.folders import Folders, is_folder
 from fdscale.data.index import Index
 from fdscale.data.mixture import Joined
 from fdscale.engine.initialize import materialise, prepare_environment
@@ -76,7 +77,9 @@ def measure(
     if settings.data.shards is None or settings.data.heldout_shards is None:
         raise UserError("a probe needs two labelled sets: --set data.shards=TRAIN --set data.heldout_shards=TEST")
     pooled = functools.partial(_pooled, tokens, prefix, pool)
-    train = features_of(settings, open_sets(settings.data), pooled, "training set")
+    folder = len(settings.data.shards) == 1 and is_folder(settings.data.shards[0])
+    training = Folders(settings.data.shards[0]) if folder else open_sets(settings.data)
+    train = features_of(settings, training, pooled, "training set")
     heldout = open_heldout(settings.data)
     assert heldout is not None
     test = features_of(settings, heldout, pooled, "test set")
@@ -121,7 +124,7 @@ def _pooled(tokens: Tokens, prefix: tuple[str, ...], pool: str, images: Tensor) 
 
 
 @torch.no_grad()
-def features_of(settings: config.Config, index: Index | Joined, pooled: Tokens, what: str) -> Features:
+def features_of(settings: config.Config, index: Index | Joined | Folders, pooled: Tokens, what: str) -> Features:
     """Of every image that can be read with its label, in the order of the set, on all ranks alike; a collective."""
     if isinstance(index, Joined):
         raise UserError("a probe takes one training set: leave out data.weights")

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from fdscale import UserError, config, dist, student
 from fdscale.data import dense
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
-from fdscale.data.stream import Samples
+from fdscale.data.stream import MASK, Samples
 from fdscale.engine.metrics import Work
 from fdscale.heldout import GoOn, HeldOut
 from fdscale.inputs import heldout_batches, normalise, open_inputs, to_device, training_batches
@@ -64,6 +65,7 @@ class Segmentation:
         """Random parts of scenes."""
         data, segment = self._data, self._segment
         view = functools.partial(
+            dense.seen,
             dense.train_scene,
             seed=data.seed,
             size=data.image_size,
@@ -75,7 +77,7 @@ class Segmentation:
             interpolation=data.interpolation,
             **_classes(self.inputs.settings),
         )
-        samples = Samples(self.inputs.index, self.inputs.order, view, masks=True)
+        samples = Samples(self.inputs.index, self.inputs.order, view, members=(MASK,))
         return training_batches(self.inputs, samples, start, stop)
 
     def prepare(self, batch: dict[str, Any], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -96,7 +98,7 @@ class Segmentation:
         """mIoU, mAcc and aAcc on the held-out set, with pictures."""
         settings = self.inputs.settings
 
-        def look(index: Index, engine: Any, go_on: GoOn, averaged: bool) -> Scores | None:
+        def look(index: Index | Folders, engine: Any, go_on: GoOn, averaged: bool) -> Scores | None:
             pictures = None if averaged else run.directory / "predictions"
             in_step = engine.zero_optimization_stage() == 3
             return evaluate(settings, index, engine, dtype, go_on, pictures, in_step)
@@ -106,7 +108,7 @@ class Segmentation:
 
 def evaluate(
     settings: config.Config,
-    index: Index,
+    index: Index | Folders,
     network: Network,
     dtype: torch.dtype,
     go_on: GoOn,
@@ -124,7 +126,8 @@ def evaluate(
     confusion = Confusion(settings.segment.classes or 0, images)
     shown = {place * images // max(1, settings.segment.shown) for place in range(settings.segment.shown)}
     with torch.no_grad():
-        for batch in heldout_batches(settings, index, functools.partial(dense.scene, **_classes(settings)), masks=True):
+        view = functools.partial(dense.seen, dense.scene, **_classes(settings))
+        for batch in heldout_batches(settings, index, view, members=(MASK,), micro_batch=1):
             if not go_on(batch):
                 return None
             image, mask = normalise(to_device(batch["images"]), torch.float32)[0], batch["masks"][0].to(dist.device())

@@ -19,6 +19,8 @@ LINE = (
     ("heldout_loss", "held-out {:.4f}"),
     ("heldout_top1", "top-1 {:.2%}"),
     ("heldout_miou", "mIoU {:.2%}"),
+    ("heldout_box_ap", "box AP {:.2%}"),
+    ("heldout_mask_ap", "mask AP {:.2%}"),
     ("heldout_trivial", "(constant predictor {:.4f})"),
     ("lr", "lr {:.2e}"),
     ("grad_norm", "grad norm {:.3f}"),

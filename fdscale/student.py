@@ -24,6 +24,7 @@ from fdscale.models import backbone as build_backbone
 from fdscale.models import convert
 from fdscale.models.layers import ResidualNorm, initial_value
 from fdscale.tasks.classification import Classifier
+from fdscale.tasks.detection import Detector, Thinning
 from fdscale.tasks.segmentation import Segmenter
 
 RESIZED = ("relative_position_bias_table", "pos_embed")  # what follows the image size, see `convert.fitted`
@@ -83,6 +84,12 @@ def by(fused: bool) -> str:
     return "fused, by triton" if fused else "by torch"
 
 
+def build_labelled(settings: config.Config, student: Any) -> Any:
+    """A backbone with what the task of a recipe for fine-tuning puts behind it, on the meta device."""
+    builds = {"finetune": build_classifier, "segment": build_segmenter, "detect": build_detector}
+    return builds[config.task_of(settings)](settings, student)
+
+
 def build_classifier(settings: config.Config, student: Any) -> Classifier:
     """A backbone with a head for `classify.classes`, on the meta device."""
     assert settings.classify.classes is not None
@@ -107,10 +114,31 @@ def build_segmenter(settings: config.Config, student: Any) -> Segmenter:
         )
 
 
+def build_detector(settings: config.Config, student: Any) -> Detector:
+    """A backbone with a pyramid and heads for `detect.classes`, on the meta device."""
+    detect = settings.detect
+    assert detect.classes is not None
+    with torch.device("meta"):
+        return Detector(
+            student,
+            detect.classes,
+            detect.kind,
+            masks=detect.masks,
+            channels=detect.channels,
+            box_head=detect.box_head,
+            norm=detect.norm,
+            box_loss=detect.box_loss,
+            stuff=detect.stuff,
+            global_block=detect.global_block,
+            seed=settings.student.seed,
+            thinning=Thinning(detect.suppress, detect.overlap, detect.least_score, detect.most),
+        )
+
+
 def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch.Size], Tensor]:
     """First value of every parameter: from `student.weights` where there are any, else random by seed and name.
 
-    A head is random unless `classify.head` says otherwise.
+    A head is random unless `classify.head`, or `detect.head`, says otherwise.
     """
     loaded: dict[str, Callable[[], Tensor]] = {}
     if settings.student.weights:
@@ -118,6 +146,8 @@ def initial_values(settings: config.Config, module: Any) -> Callable[[str, torch
         loaded = trained_backbone(settings, weights)
         if config.task_of(settings) == "finetune" and settings.classify.head != "fresh":
             loaded |= trained_head(module, weights, head_rows(settings))
+        if config.task_of(settings) == "detect" and settings.detect.head == "fitting":
+            loaded |= fitting_heads(module, weights)
 
     def value(name: str, shape: torch.Size) -> Tensor:
         if name in loaded:
@@ -175,6 +205,24 @@ def trained_head(module: nn.Module, weights: Weights, rows: list[int] | None = N
     return values
 
 
+def fitting_heads(module: nn.Module, weights: Weights) -> dict[str, Callable[[], Tensor]]:
+    """The same, of what has the name and shape of ours in the weights.
+
+    Raises UserError where nothing has: they are of no detector.
+    """
+    values: dict[str, Callable[[], Tensor]] = {
+        name: functools.partial(weights.whole, weights.tensors[name])
+        for name, parameter in module.named_parameters()
+        if not name.startswith(PREFIX) and name in weights.tensors and weights.tensors[name].shape == parameter.shape
+    }
+    if not values:
+        raise UserError(
+            "detect.head is fitting, and student.weights hold nothing that fits behind the backbone: give a run of "
+            "detection, or detect.head=fresh"
+        )
+    return values
+
+
 def fill_buffers(module: nn.Module, weights: Weights) -> None:
     """Give the persistent buffers of a classifier or segmenter their values, those of batch-norms.
 
@@ -190,7 +238,8 @@ def fill_buffers(module: nn.Module, weights: Weights) -> None:
 def _check_fit(name: str, value: Tensor | None, wanted: Tensor, module: nn.Module) -> None:
     if value is None or value.shape != wanted.shape:
         what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
-        kind, section = ("segmenter", "segment") if isinstance(module, Segmenter) else ("classifier", "classify")
+        kind = type(module).__name__.lower()
+        section = {"segmenter": "segment", "detector": "detect"}.get(kind, "classify")
         raise UserError(
             f"the weights of {name} {what}; expected {tuple(wanted.shape)}: give weights of a whole {kind} of as many "
             f"classes as {section}.classes says"

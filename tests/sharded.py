@@ -30,8 +30,8 @@ def held(network: torch.nn.Module) -> int:
     return sum(getattr(p, "_local_tensor", p).nbytes for p in network.parameters())
 
 
-if __name__ == "__main__":
-    dist.init()
+def compare() -> None:
+    """All cases."""
     for source, args in CASES:
         for dtype in ("float32", "bfloat16"):
             weights = sys.argv[1] if source.startswith("fdscale") else "random"
@@ -47,4 +47,9 @@ if __name__ == "__main__":
             bytes_held = dist.gather([held(one.network) for one in teachers])
             if dist.rank() == 0:
                 print(json.dumps({"teacher": f"{source} {dtype}", "equal": equal, "bytes": bytes_held}), flush=True)
+
+
+if __name__ == "__main__":
+    dist.init()
+    compare()
     dist.close()

@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
 APPS = {
-    "assemble", "distill", "finetune", "segment", "evaluate", "probe", "submit", "export", "cache", "catalog", "doctor",
-    "pack", "demo", "demo_finetune", "bench", "runs", "plan", "tune",
+    "assemble", "distill", "finetune", "segment", "detect", "evaluate", "probe", "submit", "export", "cache", "catalog",
+    "doctor", "pack", "demo", "demo_finetune", "claim", "bench", "runs", "plan", "tune",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job", "heldout"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
@@ -22,8 +22,9 @@ MAY_IMPORT = {
     "kernels": set(),
     "dist": set(),
     "strict": set(),
-    "keys": {"strict", "keys_segment"},
+    "keys": {"strict", "keys_segment", "keys_detect"},
     "keys_segment": {"strict"},
+    "keys_detect": {"strict"},
     "config": {"strict", "keys"},
     "data": set(),
     "models": {"kernels"},
@@ -59,6 +60,7 @@ MAY_IMPORT = {
             "diagnose",
             "config",
             "keys",
+            "keys_detect",
             "dist",
             "kernels",
             "signals",
@@ -79,6 +81,7 @@ HOMES = {  # package -> files that may import it
     "fairscale": ("engine/memory.py",),
     "torchao": ("engine/fp8.py",),
     "webdataset": ("data/", "bench/"),
+    "pycocotools": ("data/", "tasks/average_precision.py", "detect.py"),
 }
 
 

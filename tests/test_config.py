@@ -182,7 +182,7 @@ def test_a_task_is_fixed_by_its_own_sections() -> None:
         ("segment.classes=255", "segment.classes must be at most 254"),
         ("segment.scales=[]", "segment.scales"),
         ("segment.inference=slid", "did you mean 'slide'"),
-        ("classify.classes=3", "both set"),
+        ("classify.classes=3", "classify.classes and segment.classes are set"),
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             config.load("upernet_vit_base", [change])

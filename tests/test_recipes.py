@@ -13,6 +13,7 @@ import re
 import shlex
 from pathlib import Path
 
+import coco
 import pytest
 import scenes
 import torch
@@ -20,6 +21,7 @@ import torch
 from fdscale import config, keys, student
 from fdscale.assemble import build_student
 from fdscale.catalog import parameters
+from fdscale.data.shards import make
 from fdscale.distill import distill
 from fdscale.finetune import finetune
 from fdscale.models import frozen, teachers
@@ -62,7 +64,19 @@ SEGMENTED = {
     "upernet_swinv2_base": 86_893_816,
     "upernet_swinv2_g": 2_997_843_680,
 }
-IMAGES = {"1.28 M": 1_281_167, "14.2 M": 14_197_122, "20 210": 20_210}  # of ImageNet-1K, 22K and ADE20K
+DETECTED = {
+    "mask_rcnn_vit_base": 85_760_448 + 12 * 12 * (127**2 - 27**2),  # tables of 64 x 64 tokens
+    "cascade_swinv2_base": 86_893_816,
+    "htc_swinv2_g_objects365": 2_997_843_680,
+    "htc_swinv2_g": 2_997_843_680,
+}
+PIXELS = {**SEGMENTED, **DETECTED}
+IMAGES = {
+    "118 287": 118_287,
+    "1.28 M": 1_281_167,
+    "14.2 M": 14_197_122,
+    "20 210": 20_210,
+}  # of ImageNet-1K, 22K and ADE20K
 GIANTS = {
     # tokens a side of the student and of the teacher, and how those are brought to these; the teacher's width, GMACs
     "swinv2_g": (6, 6, None, 4096, 370.7),
@@ -102,12 +116,12 @@ def vit_count(width: int, depth: int, patch: int, heads: int, grid: int) -> int:
 
 
 def test_all_recipes_are_counted() -> None:
-    assert set(config.recipes()) == {*COUNTS, *FINETUNED, *SEGMENTED, "demo", "demo_finetune"}
+    assert set(config.recipes()) == {*COUNTS, *FINETUNED, *PIXELS, "demo", "demo_finetune"}
 
 
-@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *SEGMENTED])
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *PIXELS])
 def test_parameters_on_the_meta_device(name: str) -> None:
-    assert parameters(config.load(name)) == {**COUNTS, **FINETUNED, **SEGMENTED}[name]
+    assert parameters(config.load(name)) == {**COUNTS, **FINETUNED, **PIXELS}[name]
 
 
 def test_vit_counts_are_the_closed_form() -> None:
@@ -215,11 +229,12 @@ def test_the_teacher_is_known_and_its_tokens_meet_the_students(name: str, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *SEGMENTED])
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *PIXELS])
 def test_the_cost_in_the_header_is_that_of_the_recipe(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps from images, epochs and batch; FLOP of 3 forwards, of the teacher's and of what is recomputed."""
     settings, text = config.load(name), config.recipes()[name].read_text()
-    images = next(count for said, count in IMAGES.items() if f"{said} images" in text)
+    images = next((count for said, count in IMAGES.items() if f"{said} images" in text), 0)
+    assert images or settings.schedule.epochs is None
     found = re.search(
         r"# Cost: ([\d ]+) steps; ([\d.]+) TFLOP per image, ([\d.e+]+) in all: ([\d .]+) A100-days?", text
     )
@@ -232,7 +247,7 @@ def test_the_cost_in_the_header_is_that_of_the_recipe(name: str, monkeypatch: py
     network = backbone(settings)
     forward = 2 * network.flops(size)
     known = weightless(settings, monkeypatch) if name in COUNTS else {}
-    heads = student.build_segmenter(settings, network).head_flops(size) if name in SEGMENTED else 0
+    heads = student.build_labelled(settings, network).head_flops(size) if name in PIXELS else 0
     teacher = 2 * sum(one.flops(size) for one in known.values())
     again = forward if settings.memory.checkpoint == ("torch",) else 0
     wanted = 3 * (forward + 2 * heads) + teacher + again
@@ -320,12 +335,12 @@ def test_the_larger_window_of_swinv2_g_is_a_setting() -> None:
     assert [stage.blocks[0].attn.window[0] for stage in before.layers] == [40, 40, 40, 20]
 
 
-@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *SEGMENTED, "demo", "demo_finetune"])
+@pytest.mark.parametrize("name", [*COUNTS, *FINETUNED, *PIXELS, "demo", "demo_finetune"])
 def test_the_header_says_source_command_and_expectation(name: str) -> None:
     text = config.recipes()[name].read_text()
     for part in ("# Source:", "# Command:", "# Expected:"):
         assert part in text
-    verb = "finetune" if "finetune" in name or name in SEGMENTED else "distill"
+    verb = "finetune" if "finetune" in name or name in PIXELS else "distill"
     assert "demo" in name or f"fdscale {verb} {name} " in text
 
 
@@ -431,6 +446,67 @@ def test_a_tiny_segmentation_takes_two_real_steps(name: str, tmp_path: Path, pro
     assert records[-1]["heldout_samples"] == 3
     assert records[1]["loss_decode"] < 1.2 * math.log(150)  # as a mean over all pixels, those beyond the edges too
     assert records[1]["loss"] == pytest.approx(records[1]["loss_decode"] + 0.4 * records[1]["loss_auxiliary"])
+    assert all(record["grad_norm"] > 0 for record in records[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "decay", "layer_decay", "drop_path", "length", "batch", "size"),
+    [
+        ("mask_rcnn_vit_base", 1e-4, 0.1, 0.7, 0.1, 100, 64, 1024),  # arXiv 2203.16527
+        ("cascade_swinv2_base", 1e-4, 0.05, 1.0, 0.2, 36, 16, 1344),  # Swin-Transformer-Object-Detection
+        ("htc_swinv2_g_objects365", 1.2e-3, 0.05, 1.0, 0.4, 67_500, 96, 1024),  # arXiv 2111.09883
+        ("htc_swinv2_g", 6e-4, 0.05, 1.0, 0.4, 45_000, 96, 1536),  # the same
+    ],
+)
+def test_detection_numbers_are_the_published_ones(
+    name: str, lr: float, decay: float, layer_decay: float, drop_path: float, length: int, batch: int, size: int
+) -> None:
+    settings = config.load(name)
+    optim, schedule, detect = settings.optim, settings.schedule, settings.detect
+    assert (optim.lr, optim.weight_decay, optim.layer_decay, optim.batch_size) == (lr, decay, layer_decay, batch)
+    assert settings.student.args["drop_path_rate"] == drop_path
+    assert (schedule.epochs or schedule.steps, settings.data.image_size) == (length, size)
+    if name.startswith("htc"):
+        network = backbone(settings)
+        assert [stage.blocks[0].attn.window[0] for stage in network.layers] == [32] * 4
+        assert (detect.masks, detect.classes) == ((True, 80) if name == "htc_swinv2_g" else (False, 365))
+    if name == "cascade_swinv2_base":
+        drops = [round(share * 36) for share in schedule.drops]
+        assert (drops, detect.short_side, detect.bounds, detect.box_loss) == ([27, 33], (480, 800), (1333, 800), "giou")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DETECTED)
+def test_a_tiny_detection_takes_two_real_steps(name: str, tmp_path: Path, process_group: None) -> None:
+    settings, change = config.load(name), dataclasses.replace
+    vit = settings.student.model == "vit"
+    small = (
+        SMALL_VIT | {"depth": 4} if vit else SHRINK["swinv2_g" if "_g" in name else "esvit_swinv2_base_300"]["student"]
+    )
+    stuff = settings.detect.stuff
+    coco.write(tmp_path / "coco", "train2017", 8, seed=1, stuff=stuff > 0)
+    make(tmp_path / "coco", tmp_path / "shards", split="train2017")
+    detect = change(
+        settings.detect, channels=16, jitter=(0.8, 1.5), short_side=(64, 96), bounds=None, stuff=stuff and 3
+    )
+    settings = change(
+        settings,
+        student=change(settings.student, args={**settings.student.args, **small}),
+        detect=change(detect, classes=2, norm="none"),
+        data=change(
+            settings.data, shards=(str(tmp_path / "shards"),), heldout_shards=str(tmp_path / "shards"),
+            heldout_samples=3, image_size=128, workers=0,
+        ),
+        optim=change(settings.optim, batch_size=4),
+        schedule=change(settings.schedule, steps=2, epochs=None, warmup_steps=1),
+        memory=change(settings.memory, micro_batch=2),
+        log=change(settings.log, every=1, tensorboard=False),
+    )  # fmt: skip
+    assert finetune(settings, tmp_path / "run") == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert records[-1]["heldout_samples"] == 3
+    assert 0.8 < records[1]["loss_classes_0"] / math.log(3) < 1.6  # heads know nothing yet
     assert all(record["grad_norm"] > 0 for record in records[1:])
 
 

@@ -118,8 +118,10 @@ def measured(settings: config.Config, shards: str | None, accumulate: int) -> co
 
 def measure(settings: config.Config, ds: dict[str, Any], against: str, rounds: int) -> dict[str, Any]:
     """Seconds of steps and of their parts by way, bytes at most, and what of it is communication; a collective."""
-    if config.task_of(settings) == "segment":
-        raise UserError("segment.classes is set, and this measures distillation and classifiers: take such a recipe")
+    if (task_name := config.task_of(settings)) in ("segment", "detect"):
+        raise UserError(
+            f"{task_name}.classes is set, and this measures distillation and classifiers: take such a recipe"
+        )
     check_checkpointing(ds, settings.memory.checkpoint)
     check_linear(ds, settings.student.linear)
     task: Any = task_of(settings)

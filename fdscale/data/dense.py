@@ -8,6 +8,9 @@ Letters: S side of a view in pixels, H W an image's own; images are uint8 RGB, m
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -17,6 +20,7 @@ from fdscale.data.decode import Picture, decode_numbers
 from fdscale.data.lost import Lost
 from fdscale.data.order import philox
 from fdscale.data.photometric import distorted
+from fdscale.data.stream import Seen
 
 IGNORED = 255  # in a mask: a pixel without a class
 OUTSIDE = 254  # in a training view's: a pixel beyond the edge of the image
@@ -40,6 +44,12 @@ def scene(image: bytes, mask: bytes, *, classes: int, reduce_zero_label: bool) -
     numbers = classes_of(numbers, classes, reduce_zero_label)
     pixels = picture.part(0, 0, picture.height, picture.width)
     return pixels.permute(2, 0, 1).contiguous(), torch.from_numpy(numbers)
+
+
+def seen(view: Callable[..., tuple[Tensor, Tensor]], *data: bytes, **more: Any) -> Seen:
+    """What a view of image and mask gives, as a stream takes it: `masks` beside the images."""
+    image, mask = view(*data, **more)
+    return Seen(image, {"masks": mask})
 
 
 def classes_of(numbers: np.ndarray, classes: int, reduce_zero_label: bool) -> np.ndarray:

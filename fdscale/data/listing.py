@@ -5,6 +5,7 @@
     *.parquet                            the same, or the bytes of the images, or Hugging Face's {bytes, path}
     train/ test/ ...                     splits, each of which is any of these; metadata.csv or .jsonl is its table
     images/ annotations/                 images and masks, see pairs.py
+    annotations/instances_*.json ...     images and objects, see coco.py
 
 Rows go into a file as they are found, so that millions of them need little memory: about 110 bytes each, mostly for
 telling keys apart.
@@ -36,7 +37,7 @@ class Row(NamedTuple):
     """A sample to pack: where its image lies. offset -1: `path` is the image file; else `size` bytes in it from there.
 
     where: for messages, which row of which table it is. mask: the PNG with the classes of its pixels, whose numbers are
-    at most `most`; "": it has none.
+    at most `most`; objects: what is on it, see `coco`; "": it has none.
     """
 
     key: str
@@ -48,6 +49,7 @@ class Row(NamedTuple):
     where: str
     mask: str = ""
     most: int = 0
+    objects: str = ""
 
 
 class Columns(NamedTuple):
@@ -75,6 +77,7 @@ class Listing:
         self._wrong: list[str] = []
         self._wrong_count = 0
         self.classes: list[str] | None = None
+        self.categories: list[Any] | None = None  # the numbers that others have for the classes
         self._ranks: list[int] | None = None
         self.folder = os.path.dirname(path)  # where images that come out of Parquet may be kept
 
@@ -90,9 +93,10 @@ class Listing:
         name: str = "",
         mask: str = "",
         most: int = 0,
+        objects: str = "",
     ) -> None:
         """Add an image file. label: a name, or a number. key: None for one made from `name`, the path by default. mask,
-        most: see Row."""
+        most, objects: see Row."""
         extension = os.path.splitext(path)[1][1:].lower()
         try:
             size = os.stat(path).st_size
@@ -106,7 +110,7 @@ class Listing:
         elif size > MOST_IMAGE_BYTES:
             self.refuse(f"{where}{path}: has {size} bytes, more than the {MOST_IMAGE_BYTES} that an image may have")
         else:
-            self.append(Row("", path, -1, size, extension, None, where, mask, most), label, key, name or path)
+            self.append(Row("", path, -1, size, extension, None, where, mask, most, objects), label, key, name or path)
 
     def append(self, row: Row, label: str | int | None, key: str | None, name: str) -> None:
         """Add a row whose image is known to be there; its key and class are filled in."""
@@ -146,8 +150,7 @@ class Listing:
         if not self._at:
             raise UserError(nothing)
         if self._names:
-            numbers = all(name.isdecimal() for name in self._names)  # as ImageNet-V2's folders: 2 before 10
-            self.classes = sorted(self._names, key=lambda name: (int(name) if numbers else 0, name))
+            self.classes = in_order(self._names)
             self._ranks = [0] * len(self.classes)
             for rank, label in enumerate(self.classes):
                 self._ranks[self._names[label]] = rank
@@ -194,6 +197,13 @@ class Listing:
         return key
 
 
+def in_order(names: Iterable[str]) -> list[str]:
+    """Classes as they are numbered: by name, or by number where all names are such, as ImageNet-V2's: 2 before 10."""
+    known = list(names)
+    numbers = all(name.isdecimal() for name in known)
+    return sorted(known, key=lambda name: (int(name) if numbers else 0, name))
+
+
 def _usable(key: str) -> bool:
     return (
         split_name(f"{key}.jpg") == (key, "jpg")
@@ -209,7 +219,7 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
     Raises UserError if there is nothing, if something listed is missing, empty or of an unknown kind, or if it is not
     clear what is meant.
     """
-    from fdscale.data import pairs, parquet
+    from fdscale.data import coco, pairs, parquet
 
     nothing = f"{source}: no images there; expected one folder per class, or image files"
     if not os.path.isdir(source):
@@ -223,6 +233,10 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
         return
     if pairs.has_masks(source):
         pairs.list_pairs(source, split, listing)
+        listing.finish(nothing)
+        return
+    if coco.splits_of(source):
+        coco.list_objects(source, split, listing)
         listing.finish(nothing)
         return
     folder, prefix, files = _split_of(source, split)

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 
 from fdscale import UserError
+from fdscale.data.coco import packed
 from fdscale.data.files import prepare_folder
 from fdscale.data.index import Index, open_index
 from fdscale.data.indexing import Progress, index
@@ -25,6 +26,7 @@ from fdscale.data.writing import Members, Shards, check_sizes, new_folder
 
 ANY_COLUMNS = Columns()
 CHECKED = Recoding()
+LOST_OBJECTS = "left-out-objects.jsonl"
 CHUNK_ROWS = 32  # given to a worker at a time
 CHUNK_BYTES = 16 * 2**20  # the same; a few such chunks per worker are in memory
 
@@ -77,9 +79,10 @@ def make(
         for name in os.listdir(folder):
             if name == ".rows" or name.startswith("images-"):
                 os.unlink(os.path.join(folder, name))
-        if listing.classes is not None:
-            with open(os.path.join(folder, "classes.json"), "w", encoding="utf-8") as file:
-                json.dump(listing.classes, file, indent=1)
+        for name, about in (("classes", listing.classes), ("categories", listing.categories)):
+            if about is not None:
+                with open(os.path.join(folder, f"{name}.json"), "w", encoding="utf-8") as file:
+                    json.dump(about, file, indent=1)
         index(folder, index_dir, workers)
     return open_index(out, index_dir)
 
@@ -103,7 +106,8 @@ def _pack(
     for prepared in parallel(_prepare, jobs, workers):
         for sample in prepared:
             if not isinstance(sample, Problem):
-                shards.add(*sample)
+                shards.add(*sample[:2])
+                _note(folder, LOST_OBJECTS, sample[0], sample[2])
             elif skip_damaged:
                 left_out.append(sample)
                 if report:
@@ -137,10 +141,20 @@ def _chunks(listing: Listing, order: Iterable[int]) -> Iterator[list[Row]]:
     yield rows
 
 
-def _prepare(job: tuple[list[Row], Recoding]) -> list[tuple[str, Members] | Problem]:
+def _note(folder: str, name: str, key: str, reasons: list[str]) -> None:
+    """Write down what was left out of a sample."""
+    if reasons:
+        with open(os.path.join(folder, name), "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"key": key, "reason": reason}) + "\n" for reason in reasons)
+
+
+Prepared = tuple[str, Members, list[str]]  # key, members, and what was left out of them
+
+
+def _prepare(job: tuple[list[Row], Recoding]) -> list[Prepared | Problem]:
     """Samples ready to be written, and in the place of broken images what is wrong with them."""
     rows, recoding = job
-    prepared: list[tuple[str, Members] | Problem] = []
+    prepared: list[Prepared | Problem] = []
     for row in rows:
         named = row.path if row.offset < 0 else row.where.rstrip(": ")
         try:
@@ -151,15 +165,17 @@ def _prepare(job: tuple[list[Row], Recoding]) -> list[tuple[str, Members] | Prob
             raise UserError(f"{named}: cannot be read ({error.strerror})") from None
         try:
             image, extension = recode(data, row.extension, recoding)
-            members = {extension: image}
+            members, left_out = {extension: image}, list[str]()
+            if (row.mask or row.objects) and recoding.resize is not None:
+                raise UserError("--resize would make the image smaller than what is marked on it; leave it out")
+            if row.objects:
+                members["objects.json"], left_out = packed(row.objects, image)
             if row.mask:
-                if recoding.resize is not None:
-                    raise UserError("--resize would make the image smaller than its mask; leave it out")
                 members["seg.png"] = read_mask(row.mask, image, row.most, recoding.check)
         except UserError as error:
             prepared.append(Problem(named, row.key, str(error)))
             continue
         if row.cls is not None:
             members["cls"] = str(row.cls).encode()
-        prepared.append((row.key, members))
+        prepared.append((row.key, members, left_out))
     return prepared

@@ -14,7 +14,7 @@ import atexit
 import os
 import re
 import signal
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fdscale import UserError
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.lost import Lost, Replaced
 from fdscale.data.mixture import Joined, Mixture
@@ -38,7 +39,20 @@ Complete = Callable[[dict[str, Any]], dict[str, Any]]
 FOR_MAIN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 LABEL = ("cls",)  # extension of the member that holds the number of a sample's class
 MASK = ("seg.png",)  # of the one that holds the classes of its pixels
+OBJECTS = ("objects.json",)  # of the one that says what is where, see `objects`
 TRIES = 8  # others drawn for a lost sample, first from its shard, which is at hand, then as many from the whole set
+
+
+class Seen(NamedTuple):
+    """What a view makes of a sample that has more than an image.
+
+    alike: tensors of one shape, stacked in a batch. many: tensors with a row for each of a sample's objects, equally
+    many of each, joined in a batch, which then says how many as `counts`.
+    """
+
+    image: Tensor
+    alike: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
+    many: dict[str, Tensor] = {}  # noqa: RUF012 - never changed
 
 
 class Sample(NamedTuple):
@@ -50,7 +64,7 @@ class Sample(NamedTuple):
     key: str
     label: int | None = None
     replaced: Replaced | None = None
-    mask: Tensor | None = None  # (S, S) uint8
+    seen: Seen | None = None  # where it has more than an image
 
 
 class Samples(Dataset):
@@ -58,21 +72,21 @@ class Samples(Dataset):
 
     index: where the bytes lie. order: which sample a number means. view: called as view(data, number=n) with the bytes
     of an image file, for instance `partial(train_view, seed=0, size=224)`. classes: how many there are, where each
-    sample's member .cls is to be read, the number of its class; one without a good number is Lost. masks: whether view
-    is also given the bytes of the member .seg.png, behind the image's, and returns image and mask. A sample that is
-    Lost is replaced, at random by (seed of the order, number). Raises UserError naming shard and key where no
-    replacement can be had either, or where data are not lost but out of reach.
+    sample's member .cls is to be read, the number of its class; one without a good number is Lost. members:
+    extensions of others whose bytes view is given behind the image's; it may return `Seen`. A sample that is Lost is
+    replaced, at random by (seed of the order, number). Raises UserError naming shard and key where no replacement can
+    be had either, or where data are not lost but out of reach.
     """
 
     def __init__(
         self,
-        index: Index | Joined,
+        index: Index | Joined | Folders,
         order: Order | Mixture | Sequential,
         view: Callable[..., Any],
         classes: int | None = None,
-        masks: bool = False,
+        members: Sequence[tuple[str, ...]] = (),
     ) -> None:
-        self.index, self.order, self.view, self.classes, self.masks = index, order, view, classes, masks
+        self.index, self.order, self.view, self.classes, self.members = index, order, view, classes, members
 
     def __getitem__(self, number: int) -> Sample:
         return self.__getitems__([number])[0]
@@ -101,10 +115,10 @@ class Samples(Dataset):
 
     def _view(self, number: int, shard: int, row: int) -> Sample:
         label = None if self.classes is None else self._label(shard, row, self.classes)
-        found = [self.index.read(shard, row)] + ([self.index.read(shard, row, MASK)] if self.masks else [])
+        found = [self.index.read(shard, row), *(self.index.read(shard, row, member) for member in self.members)]
         seen = self.view(*found, number=self._seen(number))
-        image, mask = seen if self.masks else (seen, None)
-        return Sample(image, number, self.index.names[shard], self.index.key(shard, row), label, mask=mask)
+        image, more = (seen.image, seen) if isinstance(seen, Seen) else (seen, None)
+        return Sample(image, number, self.index.names[shard], self.index.key(shard, row), label, seen=more)
 
     def _label(self, shard: int, row: int, classes: int) -> int:
         text = self.index.read(shard, row, LABEL)
@@ -151,9 +165,9 @@ def batches(
     prefetch: micro-batches each worker prepares ahead. complete: what it returns for a micro-batch, called in the
     worker, is added to it (the features of a cached teacher). together: t consecutive numbers stay in a micro-batch:
     rank r takes the slots s with (s // t) mod W = r. Yields dicts of images (m, 3, S, S) uint8, numbers (m,) int64,
-    origin, m pairs (shard, key), replaced, a Replaced for each sample that was lost, and labels (m,) int64 and masks
-    (m, S, S) uint8 where the samples have them. Close the iterator to stop the workers. Raises UserError if the sizes
-    do not divide, or data are out of reach.
+    origin, m pairs (shard, key), replaced, a Replaced for each sample that was lost, labels (m,) int64 where the
+    samples have them, and what else their view has `Seen`. Close the iterator to stop the workers. Raises UserError if
+    the sizes do not divide, or data are out of reach.
     """
     assert not isinstance(samples.order, Sequential)
     check_world(samples.order.lanes, world, together)
@@ -193,7 +207,7 @@ def chosen_batches(
 
 
 def evaluation_batches(
-    index: Index,
+    index: Index | Folders,
     view: Callable[..., Any],
     *,
     micro_batch: int,
@@ -204,19 +218,19 @@ def evaluation_batches(
     prefetch: int = 2,
     pin_memory: bool = False,
     classes: int | None = None,
-    masks: bool = False,
+    members: Sequence[tuple[str, ...]] = (),
 ) -> Batches:
     """Every sample of a set once, over all ranks, in the same number of micro-batches on each.
 
     view: of the bytes of an image file, for instance `partial(eval_view, size=224)`. Numbers count the samples in the
-    order of the index. limit: only the first so many samples (None: all). classes, masks: see `Samples`.
+    order of the index. limit: only the first so many samples (None: all). classes, members: see `Samples`.
     Yields what `batches` does, and weights (m,) float32: 1, or 0 for a sample that only fills up the last
     micro-batches, or that stands for a lost one.
     """
     assert 0 <= rank < world
     if micro_batch < 1:
         raise UserError(f"micro-batch is {micro_batch}, expected at least 1")
-    samples = Samples(index, Sequential(index.counts), partial(_without_number, view=view), classes, masks)
+    samples = Samples(index, Sequential(index.counts), partial(_without_number, view=view), classes, members)
     total = index.samples if limit is None else min(limit, index.samples)
     share = -(-total // world)  # each rank reads a stretch of its own
     mine = np.arange(-(-share // micro_batch) * micro_batch) + rank * share
@@ -328,8 +342,11 @@ def _collate(samples: list[Sample] | UserError, complete: Complete | None) -> di
     }
     if samples[0].label is not None:
         batch["labels"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
-    if samples[0].mask is not None:
-        batch["masks"] = torch.stack([sample.mask for sample in samples if sample.mask is not None])
+    if seen := [sample.seen for sample in samples if sample.seen is not None]:
+        batch |= {name: torch.stack([one.alike[name] for one in seen]) for name in seen[0].alike}
+        batch |= {name: torch.cat([one.many[name] for one in seen]) for name in seen[0].many}
+        if seen[0].many:
+            batch["counts"] = torch.tensor([len(next(iter(one.many.values()))) for one in seen])
     try:
         return batch if complete is None else batch | complete(batch)
     except UserError as error:

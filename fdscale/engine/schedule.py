@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def cosine(
@@ -42,3 +43,23 @@ def poly(
     if step >= warmup_steps or lr == 0:
         return rate
     return rate * (1.0 - (1.0 - step / warmup_steps) * (1.0 - warmup_lr / lr))
+
+
+def stairs(
+    step: int,
+    *,
+    steps: int,
+    lr: float,
+    min_lr: float = 0.0,
+    warmup_steps: int = 0,
+    warmup_lr: float = 0.0,
+    drops: Sequence[float] = (),
+) -> float:
+    """Linear warm-up from warmup_lr to lr, then lr, a tenth of it from each of these shares of the run on.
+
+    As torchvision's and mmdetection's for detectors; never below min_lr.
+    """
+    rate = max(min_lr, lr * 0.1 ** sum(step >= round(share * steps) for share in drops))
+    if step < warmup_steps:
+        return warmup_lr + step * (rate - warmup_lr) / warmup_steps
+    return rate

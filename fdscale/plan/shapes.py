@@ -114,7 +114,7 @@ class Networks:
 
     @property
     def head_flops(self) -> int:
-        """Multiply-adds of what stands behind the backbone, for one image: of a segmenter; else next to nothing."""
+        """Multiply-adds of what stands behind the backbone, for one image: of a segmenter or detector; else about 0."""
         count = getattr(self.module, "head_flops", None)
         return count((self.settings.data.image_size,) * 2) if count is not None else 0
 
@@ -148,9 +148,8 @@ class Networks:
         alike = {"none": "none", "selective": "selective"}
         kinds = [alike.get(kind, "torch") for kind in policy.checkpoint]  # the others keep a block's inputs alone
         memory.apply(backbone, kinds, policy.attention_chunk, self.kernels, self.fused)
-        task = config.task_of(settings)
-        if task != "distill":
-            return (student.build_classifier if task == "finetune" else student.build_segmenter)(settings, backbone)
+        if config.task_of(settings) != "distill":
+            return student.build_labelled(settings, backbone)
         self.pairings, module = assemble.join(settings, backbone, self.teachers)
         module.fused = self.fused
         return module.to("meta")  # the buffers of phi_s
@@ -162,6 +161,8 @@ class Networks:
         numbers = torch.empty(count, dtype=torch.int64, device="meta")
         if config.task_of(self.settings) == "segment":
             return images, torch.empty(count, size, size, dtype=torch.uint8, device="meta"), numbers
+        if config.task_of(self.settings) == "detect":
+            return images, torch.empty(count, 2, dtype=torch.int64, device="meta")
         if not self.teachers:
             return images, torch.empty(count, self.settings.classify.classes or 0, device="meta"), numbers
         targets = tuple(

@@ -24,7 +24,7 @@ from fdscale.data.order import Order
 from fdscale.data.photometric import distorted, recoloured
 from fdscale.data.recode import Recoding
 from fdscale.data.shards import make
-from fdscale.data.stream import Samples, batches, evaluation_batches
+from fdscale.data.stream import MASK, Samples, batches, evaluation_batches
 
 COLOURS = np.array([[250, 10, 10], [10, 250, 10], [10, 10, 250], [240, 240, 10], [10, 240, 240]], np.uint8)
 USUAL = {
@@ -258,9 +258,9 @@ def test_masks_come_with_their_images_on_any_number_of_ranks(official: Path, tmp
     how = {**USUAL, "size": 32, "classes": 3, "reduce_zero_label": True}
 
     def view(image: bytes, mask: bytes, number: int):
-        return train_scene(image, mask, number=number, **how)
+        return dense.seen(train_scene, image, mask, number=number, **how)
 
-    samples = Samples(made, Order(made.counts, 0, 4, 4), view, masks=True)
+    samples = Samples(made, Order(made.counts, 0, 4, 4), view, members=(MASK,))
     seen: dict[int, dict] = {1: {}, 2: {}}
     for world, found in seen.items():
         for rank in range(world):
@@ -281,10 +281,10 @@ def test_damaged_masks_in_a_shard_are_left_out(tmp_path: Path, pack) -> None:
     index(str(tmp_path))
 
     def view(image: bytes, mask: bytes):
-        return dense.scene(image, mask, classes=5, reduce_zero_label=False)
+        return dense.seen(dense.scene, image, mask, classes=5, reduce_zero_label=False)
 
     opened = open_index(str(tmp_path))
-    stream = evaluation_batches(opened, view, micro_batch=1, rank=0, world=1, workers=0, masks=True)
+    stream = evaluation_batches(opened, view, micro_batch=1, rank=0, world=1, workers=0, members=(MASK,))
     lost, counted = {}, []
     for batch in stream:
         lost |= {one.key: one.reason for one in batch["replaced"]}

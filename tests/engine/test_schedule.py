@@ -1,4 +1,4 @@
-"""The learning rate at every step: the cosine against timm's CosineLRScheduler, poly against torch's and mmcv's."""
+"""The learning rate at every step: cosine against timm's CosineLRScheduler, poly and stairs against torch's."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-from fdscale.engine.schedule import cosine, poly
+from fdscale.engine.schedule import cosine, poly, stairs
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,17 @@ def test_polys_warm_up_is_mmcvs() -> None:
         wanted = regular * (1 - (1 - step / warmup) * (1 - ratio)) if step < warmup else regular
         ours = poly(step, steps=steps, lr=lr, min_lr=low, warmup_steps=warmup, warmup_lr=ratio * lr, power=0.9)
         assert ours == pytest.approx(wanted, rel=1e-9)
+
+
+def test_stairs_equal_torch_at_every_step() -> None:
+    lr, steps, drops = 1e-4, 36, (0.75, 11 / 12)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    theirs = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[27, 33], gamma=0.1)
+    for step in range(steps + 2):
+        wanted = optimizer.param_groups[0]["lr"]
+        assert stairs(step, steps=steps, lr=lr, drops=drops) == pytest.approx(wanted, rel=1e-9)
+        optimizer.step()
+        theirs.step()
+    warm = [stairs(step, steps=steps, lr=lr, warmup_steps=4, warmup_lr=2e-5, drops=drops) for step in range(5)]
+    assert warm == pytest.approx([2e-5, 4e-5, 6e-5, 8e-5, 1e-4])
+    assert stairs(40, steps=steps, lr=lr, min_lr=5e-6, drops=drops) == 5e-6

@@ -1,0 +1,43 @@
+"""`python -m fdscale.claim`, what `make claim` runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from fdscale import UserError
+from fdscale.claim import summary
+from fdscale.claim.data import DEFAULT
+from fdscale.claim.experiment import Experiment
+
+
+def main() -> int:
+    """Run, or go on with, the experiment; print the table and write claim.json, claim.md and claim.png."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fdscale.claim",
+        description="Does a distilled student fine-tune better than its teacher? Fashion-MNIST, on a CPU.",
+    )
+    out = "where everything goes (default: runs/claim); an earlier call goes on there"
+    parser.add_argument("--out", type=Path, default=Path("runs/claim"), help=out)
+    folder = f"folder with Fashion-MNIST's four .gz files (default: {DEFAULT})"
+    parser.add_argument("--data", type=Path, default=DEFAULT, help=folder)
+    quick = "scikit-learn's digits and little of everything: whether it runs, not what is true"
+    parser.add_argument("--quick", action="store_true", help=quick)
+    arguments = parser.parse_args()
+    try:
+        results = Experiment(arguments.out, arguments.data, arguments.quick).run()
+    except UserError as error:
+        print(f"fdscale: {error}", file=sys.stderr)
+        return 2
+    (arguments.out / "claim.json").write_text(json.dumps({**results, **summary.summarise(results)}, indent=1) + "\n")
+    text = summary.table(results)
+    (arguments.out / "claim.md").write_text(text)
+    summary.plot(results, arguments.out / "claim.png")
+    print(f"\n{text}\nDone in {results['seconds']:.0f} s. Plot: {arguments.out / 'claim.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

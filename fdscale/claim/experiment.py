@@ -1,0 +1,223 @@
+"""All runs of the experiment, one after the other, each by the command that a user would give.
+
+Every network is the same ViT. Its starts for fine-tuning: random weights; a supervised teacher, which has learnt from
+the labels that fine-tuning sees; a contrastive one, which has seen all images and no label; the students that each has
+taught on all images; and the contrastive one trained on for as many images as its student has seen, so that a gain can
+be told from that of more training. Each start has its own rate, chosen on images that are in no other part.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fdscale import UserError
+from fdscale.claim import contrastive, data
+
+STARTS = {
+    "random": "random weights",
+    "supervised": "supervised teacher",
+    "supervised-fd": "its student",
+    "contrastive": "contrastive teacher",
+    "contrastive-fd": "its student",
+    "contrastive-more": "contrastive teacher, trained on",
+}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: images with labels, epochs, seeds, rates that are tried; width and depth of the ViT."""
+
+    labelled: int = 2000
+    supervised: int = 40
+    contrastive: int = 3
+    distilled: int = 4
+    finetuned: int = 15
+    seeds: int = 4
+    rates: tuple[float, ...] = (1e-3, 3e-3)
+    width: int = 64
+    depth: int = 4
+
+
+QUICK = Sizes(200, 2, 1, 1, 1, 2, (3e-3,), 32, 2)
+
+
+class Experiment:
+    """Runs in a folder, going on where an earlier call stopped. quick: scikit-learn's digits and little of all."""
+
+    def __init__(self, out: Path, source: Path, quick: bool) -> None:
+        self.out, self.source, self.quick = out, source, quick
+        self.sizes = QUICK if quick else Sizes()
+        self.args = {
+            "img_size": 28,
+            "patch_size": 4,
+            "embed_dim": self.sizes.width,
+            "depth": self.sizes.depth,
+            "num_heads": max(1, self.sizes.width // 32),
+            "layer_scale": 0.1,
+        }
+
+    def run(self) -> dict:
+        """Everything; the results as plain data: top-1 on the test part by start and seed, rates, seconds."""
+        begun = time.perf_counter()
+        unlabelled = self._prepare()
+        weights = self._weights(unlabelled)
+        rates = {name: self._rate(name, weights[name]) for name in STARTS}
+        top1 = {
+            name: [
+                self._finetune(f"test-{name}-{seed}", weights[name], rates[name], seed, "test")
+                for seed in range(self.sizes.seeds)
+            ]
+            for name in STARTS
+        }
+        seconds = self._spent(time.perf_counter() - begun)
+        return {"top1": top1, "rates": rates, "sizes": vars(self.sizes), "seconds": seconds, "quick": self.quick}
+
+    def _prepare(self) -> data.Part:
+        """Shards of labelled, chosen-by, all and test images; the images without labels."""
+        train, test = data.digits() if self.quick else data.fashion(self.source)
+        labelled, chosen_by, rest = data.split(train, self.sizes.labelled, seed=0)
+        parts = {"labelled": (labelled, True), "chosen-by": (chosen_by, True), "test": (test, True)}
+        everything = data.Part(*(_joined(labelled, rest)))
+        parts["all"] = (everything, False)
+        for name, (part, classes) in parts.items():
+            if (self.out / "shards" / name / "index").is_dir():
+                continue
+            data.write(part, self.out / "images" / name, classes)
+            size = str(max(50, len(part.labels) // 16))
+            command(
+                "shards", "make", self.out / "images" / name, self.out / "shards" / name, "--samples-per-shard", size
+            )
+        return everything
+
+    def _weights(self, unlabelled: data.Part) -> dict[str, Path | None]:
+        """What every start begins with: a run, or a file; None: nothing."""
+        sizes, runs = self.sizes, self.out / "runs"
+        own = {**self.args, "position": "shared"}
+        teachers = {}
+        for name, epochs, start in (
+            ("contrastive", sizes.contrastive, None),
+            ("contrastive-more", sizes.distilled, "contrastive"),
+        ):
+            teachers[name] = self.out / f"{name}.safetensors"
+            if not teachers[name].exists():
+                before = teachers[start] if start else None
+                contrastive.train(unlabelled.images, own, epochs, 0, teachers[name], before)
+        self._finetune("supervised", None, 3e-3, 100, "test", sizes.supervised)
+        teachers["supervised"] = self.out / "supervised.safetensors"
+        if not teachers["supervised"].exists():
+            command("export", runs / "supervised", teachers["supervised"])
+        students = {}
+        for name in ("supervised", "contrastive"):
+            args = {**self.args, "position": "per_block" if name == "supervised" else "shared"}
+            self._distil(f"{name}-fd", teachers[name], args)
+            students[f"{name}-fd"] = runs / f"{name}-fd"
+        return {"random": None, **teachers, **students}
+
+    def _distil(self, name: str, teacher: Path, args: dict) -> None:
+        if not self._is_done(name):
+            self._train(
+                "distill",
+                "demo",
+                name,
+                "student.model=vit",
+                f"student.args={yaml({**self.args, 'position': 'shared', 'drop_path_rate': 0.05})}",
+                "teacher.source=fdscale:vit",
+                "teacher.feature=last",
+                f"teacher.args={yaml(args)}",
+                f"teacher.weights={teacher}",
+                f"data.shards={self.out / 'shards/all'}",
+                "data.scale=[0.5, 1.0]",
+                "optim.lr=3e-3",
+                "schedule.steps=null",
+                f"schedule.epochs={self.sizes.distilled}",
+                "schedule.warmup_steps=null",
+                "schedule.warmup_epochs=0.5",
+                batch=64 if self.quick else 256,
+            )
+
+    def _rate(self, name: str, weights: Path | None) -> float:
+        """The one of the rates with the best accuracy on the images to choose by, with one seed."""
+        rates = self.sizes.rates
+        if len(rates) == 1:
+            return rates[0]
+        found = [self._finetune(f"chosen-by-{name}-{rate:g}", weights, rate, 0, "chosen-by") for rate in rates]
+        return rates[max(range(len(rates)), key=lambda place: found[place])]
+
+    def _finetune(
+        self, name: str, weights: Path | None, rate: float, seed: int, part: str, epochs: int | None = None
+    ) -> float:
+        """Top-1 after fine-tuning on the labelled images."""
+        if not self._is_done(name):
+            self._train(
+                "finetune",
+                "demo_finetune",
+                name,
+                "student.model=vit",
+                f"student.args={yaml({**self.args, 'position': 'per_block', 'drop_path_rate': 0.05})}",
+                f"student.weights={'null' if weights is None else weights}",
+                f"student.seed={seed}",
+                f"data.seed={seed}",
+                f"data.shards={self.out / 'shards/labelled'}",
+                f"data.heldout_shards={self.out / 'shards' / part}",
+                "data.scale=[0.6, 1.0]",
+                f"data.flip={0.0 if self.quick else 0.5}",
+                f"optim.lr={rate:g}",
+                "optim.layer_decay=0.75",
+                f"schedule.epochs={epochs or self.sizes.finetuned}",
+                f"schedule.warmup_epochs={min(2, (epochs or self.sizes.finetuned) / 4)}",
+                batch=40 if self.quick else 100,
+            )
+        rows = [json.loads(line) for line in (self.out / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        return [row["heldout_top1"] for row in rows if "heldout_top1" in row][-1]
+
+    def _train(self, verb: str, recipe: str, name: str, *settings: str, batch: int) -> None:
+        fixed = (
+            "data.image_size=28",
+            "data.interpolation=bicubic",
+            f"optim.batch_size={batch}",
+            f"memory.micro_batch={batch}",
+            "data.block=64",
+            "log.every=100",
+            "log.heldout_every=1000000",
+            "log.tensorboard=false",
+            "save.every=1000000",
+            "save.keep=1",
+        )
+        words = [word for pair in (*fixed, *settings) for word in ("--set", pair)]
+        command(verb, recipe, "--run", self.out / "runs" / name, *words)
+        (self.out / "runs" / name / "done").touch()
+
+    def _is_done(self, name: str) -> bool:
+        return (self.out / "runs" / name / "done").exists()
+
+    def _spent(self, now: float) -> float:
+        """Seconds of this call and of those before it that it goes on from."""
+        path = self.out / "seconds.json"
+        before = json.loads(path.read_text()) if path.exists() else 0.0
+        path.write_text(json.dumps(before + now))
+        return before + now
+
+
+def yaml(tree: dict) -> str:
+    """A mapping of plain values on a line."""
+    return "{" + ", ".join(f"{key}: {value}" for key, value in tree.items()) + "}"
+
+
+def command(*words: object) -> None:
+    """Show and run one fdscale command in a process of its own."""
+    texts = [str(word) for word in words]
+    print(f"$ fdscale {' '.join(texts)}", flush=True)
+    if subprocess.run([sys.executable, "-m", "fdscale.cli", *texts], check=False).returncode:
+        raise UserError(f"`fdscale {texts[0]}` failed (see above); the same command again goes on from there")
+
+
+def _joined(first: data.Part, second: data.Part) -> Sequence:
+    import numpy as np
+
+    return [np.concatenate(pair) for pair in zip(first, second, strict=True)]
