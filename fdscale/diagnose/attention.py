@@ -85,6 +85,11 @@ def watched(network: nn.Module, size: tuple[int, int], see: See) -> Iterator[Non
             attn.fused_attn = was
 
 
+def has_attention(network: nn.Module) -> bool:
+    """Whether `watched` finds a block in it."""
+    return next(_blocks(network), None) is not None
+
+
 def _blocks(network: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Every block with its attention, from the input on."""
     if isinstance(network, (ViT, SwinV2)):
