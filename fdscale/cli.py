@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     _finetune(verbs)
     _evaluate(verbs)
     _probe(verbs)
+    _diagnose(verbs)
     plan.add(verbs)
     tune.add(verbs)
     _submit(verbs)
@@ -133,6 +134,27 @@ def _probe(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--kinds", nargs="+", choices=kinds, metavar="KIND", help=f"of {', '.join(kinds)} (default: all)")
     sub.add_argument("--epochs", type=int, default=90, metavar="N", help="of the linear probe (default: 90)")
     sub.add_argument("--out", metavar="FILE", help="JSON file to write")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _diagnose(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale diagnose runs/clip-b --compare teacher --set data.heldout_shards=/data/imagenet/val\n"
+        "  Of a recipe's teacher alone, or of several runs:\n"
+        "  fdscale diagnose clip_vit_base_300 --teacher --set teacher.weights=... --set data.heldout_shards=...\n"
+        "  fdscale diagnose runs/clip-b-ft --compare runs/other-ft"
+    )
+    text = "measure what heads look at and what features are like, of a student beside its teacher"
+    sub = verb(verbs, "diagnose", "fdscale.diagnosis:main", text, example)
+    _trained(sub, "take a backbone's weights from a file")
+    of = "the teacher of a recipe, of several the one of this name"
+    sub.add_argument("--teacher", metavar="NAME", nargs="?", const="", help=of)
+    others = "runs or checkpoints to compare with, or `teacher`: that of the first one's recipe"
+    sub.add_argument("--compare", nargs="+", default=[], metavar="OTHER", help=others)
+    count = "of data.heldout_shards, the first so many (default: 256)"
+    sub.add_argument("--images", type=int, default=256, metavar="N", help=count)
+    folder = "folder for diagnosis.json and pictures (default: diagnosis)"
+    sub.add_argument("--out", default="diagnosis", metavar="DIR", help=folder)
     sub.add_argument("--json", action="store_true", help="print JSON")
 
 

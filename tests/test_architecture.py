@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
 APPS = {
-    "assemble", "distill", "finetune", "segment", "detect", "evaluate", "probe", "submit", "export", "cache", "catalog",
-    "doctor", "pack", "demo", "demo_finetune", "claim", "bench", "runs", "plan", "tune",
+    "assemble", "distill", "finetune", "segment", "detect", "evaluate", "probe", "diagnosis", "submit", "export",
+    "cache", "catalog", "doctor", "pack", "demo", "demo_finetune", "claim", "bench", "runs", "plan", "tune",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job", "heldout"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "job": {"config", "data", "dist", "engine", "inputs", "kernels", "recovery", "run", "starts", "train", "watchdog"},
     "heldout": {"config", "data", "engine", "inputs", "run"},
     "tasks": {"models", "data", "dist"},
-    "diagnose": {"models", "data"},
+    "diagnose": {"models", "data", "dist", "kernels"},
     "verbs": set(),
     "cli": {"config", "signals", "verbs", *APPS},
     **{

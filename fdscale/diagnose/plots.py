@@ -10,6 +10,7 @@ import numpy as np
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 Basis = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -53,6 +54,55 @@ def dots(rows: Sequence[tuple[str, Sequence[float], float, float, bool]], title:
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def by_depth(subjects: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[float]]], path: Path) -> None:
+    """Of each (name, distances of the heads by block, likeness by block): dots and lines against depth."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for (name, distances, likeness), colour, mark in zip(
+        subjects, (STUDENT, TEACHER, OTHER, "#009E73", "#CC79A7"), "osD^v", strict=False
+    ):
+        depth = [block for block, heads in enumerate(distances) for _ in heads]
+        values = [value for heads in distances for value in heads]
+        left.plot(depth, values, mark, color=colour, alpha=0.6, markersize=5, label=name)
+        right.plot(range(len(likeness)), likeness, f"-{mark}", color=colour, markersize=5, label=name)
+    left.set_title("Attention distance, a dot for each head", fontsize=11)
+    left.set_ylabel("pixels between a query and what it looks at")
+    right.set_title("Likeness of heads", fontsize=11)
+    right.set_ylabel("mean cosine of two heads' attention")
+    if not np.isfinite([value for *_, likeness in subjects for value in likeness]).any():
+        right.text(0.5, 0.5, "each block has one head", ha="center", transform=right.transAxes)
+    for axes in (left, right):
+        axes.set_xlabel("block, from the input on")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def offset_maps(subjects: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path) -> None:
+    """Of each (name, mean weight by (key - query) of each block): first, middle and last block, logarithmic."""
+    figure, grid = plt.subplots(
+        len(subjects), 3, figsize=(9, 2.9 * len(subjects) + 0.4), layout="constrained", squeeze=False
+    )
+    for (name, maps), row in zip(subjects, grid, strict=True):
+        chosen = sorted({0, len(maps) // 2, len(maps) - 1})
+        for axes in row[len(chosen) :]:
+            axes.set_axis_off()
+        for number, axes in zip(chosen, row, strict=False):
+            seen = maps[number]
+            height, width = seen.shape[0] // 2, seen.shape[1] // 2
+            extent = (-width - 0.5, width + 0.5, height + 0.5, -height - 0.5)
+            shown = axes.imshow(np.log10(np.maximum(seen, 1e-6)), cmap="cividis", extent=extent)
+            axes.set_title(f"{name}, block {number}", fontsize=10)
+            figure.colorbar(shown, ax=axes, shrink=0.8, label="log10 of mean weight")
+    figure.supxlabel("where the key lies from the query: tokens across", fontsize=10)
+    figure.supylabel("tokens down", fontsize=10)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 

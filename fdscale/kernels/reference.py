@@ -184,7 +184,40 @@ def window_attention(
     masked: added to the logits between regions; -inf is allowed.
     Returns (B, H, W, C), dtype of qkv.
     """
-    batch, height, width, channels = qkv.shape
+    attend = _attend if chunk == 0 else partial(_in_chunks, chunk)
+    q, k, v, bias, scale, cut, size = _in_windows(qkv, bias_table, logit_scale, window, shift)
+    with no_autocast(qkv.device):  # it would do the product of q and k in 16 bits
+        out = attend(q, k, v, bias, scale, cut.region, masked)
+    batch, height, width, _ = qkv.shape
+    out = _Permute.apply(out.view(batch, -1, q.shape[-1]), cut.inverse, cut.order).view(batch, *size, -1)
+    return out[:, :height, :width].contiguous() if size != (height, width) else out
+
+
+def attention_weights(
+    qkv: Tensor, bias_table: Tensor, logit_scale: Tensor, window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """The softmax of `window_attention`, (B, w, h, N, N): of query i, how much of each key; windows as `places_of`."""
+    q, k, _, bias, scale, cut, _ = _in_windows(qkv, bias_table, logit_scale, window, shift)
+    with no_autocast(qkv.device):
+        return _weights(q, k, bias, scale, cut.region, MASKED).unflatten(0, (qkv.shape[0], -1))
+
+
+def places_of(size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """(w, N, 2) int64: row and column, on a map of size (height, width), of each token of each window; -1: padding."""
+    padding = (-size[0] % window[0], -size[1] % window[1])
+    height, width = size[0] + padding[0], size[1] + padding[1]
+    order = windows_of((height, width), padding, 1, window, shift, torch.device("cpu")).order.long()
+    rows, columns = order // width, order % width
+    inside = (rows < size[0]) & (columns < size[1])
+    places = torch.where(inside[:, None], torch.stack((rows, columns), 1), -1)
+    return places.view(-1, window[0] * window[1], 2)
+
+
+def _in_windows(
+    qkv: Tensor, bias_table: Tensor, logit_scale: Tensor, window: tuple[int, int], shift: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Windows, tuple[int, int]]:
+    """q, k, v (n, h, N, d), bias (h, N, N), scale (h, 1, 1), how the map was cut, and its size with padding."""
+    _, height, width, channels = qkv.shape
     heads = bias_table.shape[0]
     dim = channels // (3 * heads)
     padding = (-height % window[0], -width % window[1])
@@ -194,23 +227,23 @@ def window_attention(
     cut = windows_of(size, padding, heads, window, shift, qkv.device)
     count = window[0] * window[1]
     wide = torch.promote_types(qkv.dtype, torch.float32)
-
-    with no_autocast(qkv.device):  # it would do the product of q and k in 16 bits
+    with no_autocast(qkv.device):
         parts = _ToWindows.apply(qkv.contiguous(), cut.rows, cut.inverse, dim)
-        q, k, v = (part.view(-1, heads, count, dim) for part in parts)  # n h N d each
+        q, k, v = (part.view(-1, heads, count, dim) for part in parts)
         bias = bias_table.to(wide).flatten(1).index_select(1, displacements(window, qkv.device).flatten())
-        bias = bias.view(heads, count, count)
         scale = logit_scale.to(wide).clamp(max=MAX_LOGIT_SCALE).exp().view(heads, 1, 1)
-        attend = _attend if chunk == 0 else partial(_in_chunks, chunk)
-        out = attend(q, k, v, bias, scale, cut.region, masked)
-    out = _Permute.apply(out.view(batch, -1, dim), cut.inverse, cut.order).view(batch, *size, -1)
-    return out[:, :height, :width].contiguous() if any(padding) else out
+    return q, k, v, bias.view(heads, count, count), scale, cut, size
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: Tensor, region: Tensor | None, masked: float
 ) -> Tensor:
     """q, k, v (n, h, N, d); bias (h, N, N); scale (h, 1, 1); region (w, N), n a multiple of w. Returns (n, h, N, d)."""
+    return _weights(q, k, bias, scale, region, masked).to(v.dtype) @ v
+
+
+def _weights(q: Tensor, k: Tensor, bias: Tensor, scale: Tensor, region: Tensor | None, masked: float) -> Tensor:
+    """The softmax, (n, h, N, N), of what `_attend` takes."""
     q, _ = _Unit.apply(q.to(bias.dtype))
     k, _ = _Unit.apply(k.to(bias.dtype))
     # In place after the product: no gradient formula needs the sums, and fresh memory is what costs on a CPU.
@@ -222,7 +255,7 @@ def _attend(
         mask = torch.where((queries == keys) | (queries == PADDED), 0.0, masked).to(logits.dtype)  # w 1 N N
         mask.masked_fill_(keys == PADDED, -math.inf)
         logits.view(-1, *region.shape[:1], *logits.shape[1:]).add_(mask)
-    return logits.softmax(-1).to(v.dtype) @ v
+    return logits.softmax(-1)
 
 
 def _in_chunks(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fdscale import UserError
 from fdscale.kernels.attention import window_attention
+from fdscale.kernels.reference import attention_weights
 from fdscale.models.layers import (
     Attended,
     LayerNorm,
@@ -66,11 +67,17 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = biased(self.qkv, x, qkv_bias(self.q_bias, self.v_bias))  # B H W 3C
+        return self.proj(window_attention(*self._cut(x), by=self.kernels, chunk=self.attention_chunk))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """(B, w, h, N, N) float32: in each window, of query i, how much of each key `forward` takes."""
+        return attention_weights(*self._cut(x))
+
+    def _cut(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int]]:
+        """(B, H, W, 3C), the table of the bias, scales, window and shift."""
+        qkv = biased(self.qkv, x, qkv_bias(self.q_bias, self.v_bias))
         table = continuous_bias_table(self.cpb_mlp, self.window, self.pretrained_window, x.device)
-        shift = self.shift(x.shape[1], x.shape[2])
-        how = {"by": self.kernels, "chunk": self.attention_chunk}
-        return self.proj(window_attention(qkv, table, self.logit_scale.flatten(), self.window, shift, **how))
+        return qkv, table, self.logit_scale.flatten(), self.window, self.shift(x.shape[1], x.shape[2])
 
     def shift(self, height: int, width: int) -> tuple[int, int]:
         """Half a window in every other block, except along an axis that one window covers."""

@@ -54,14 +54,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        qkv = biased(self.qkv, x, qkv_bias(self.q_bias, self.v_bias))  # B N 3C
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B h N d each
-        if self.relative_position_bias_table is not None:
-            bias = relative_bias(self.relative_position_bias_table, self.grid)
-        if bias is not None:
-            bias = bias.to(q.dtype)[None]  # 1 h N N
+        q, k, v, bias = self._heads(x, bias)
         attend = _in_chunks(self.attention_chunk) if self.attention_chunk > 0 else F.scaled_dot_product_attention
         return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
+
+    def weights(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """(B, h, N, N) float32: of query i, how much of each key `forward` takes."""
+        q, k, _, bias = self._heads(x, bias)
+        logits = q.float() @ k.float().transpose(-2, -1) / q.shape[-1] ** 0.5
+        return (logits if bias is None else logits + bias.float()).softmax(-1)
+
+    def _heads(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q, k, v (B, h, N, d) and what is added to the scores, (1, h, N, N) or None."""
+        qkv = biased(self.qkv, x, qkv_bias(self.q_bias, self.v_bias))  # B N 3C
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        if self.relative_position_bias_table is not None:
+            bias = relative_bias(self.relative_position_bias_table, self.grid)
+        return q, k, v, None if bias is None else bias.to(q.dtype)[None]
 
 
 def _in_chunks(step: int) -> Callable[..., Tensor]:

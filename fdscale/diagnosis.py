@@ -1,0 +1,242 @@
+"""`fdscale diagnose`: what the heads of a network look at, and what its features are like, beside those of others.
+
+The tools of arXiv 2205.14141, section 4, in their public definitions; choices that these leave open are told in
+`diagnose.attention`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json as json_module
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from fdscale import UserError, assemble, config, dist, student
+from fdscale.data.augment import eval_view
+from fdscale.diagnose import heads
+from fdscale.diagnose.attention import Attended, has_attention, watched
+from fdscale.diagnose.features import Likeness, Moments
+from fdscale.diagnose.heads import Heads, Look
+from fdscale.engine.initialize import materialise, prepare_environment
+from fdscale.evaluate import find
+from fdscale.inputs import heldout_batches, normalise, open_heldout, to_device
+from fdscale.objective import whiten
+from fdscale.starts import write_atomically
+
+
+class Subject(NamedTuple):
+    """A network that is looked at. tokens: of RGB (B, 3, H, W) in [0, 1], (B, L, C) with `prefix` in front of the
+    grid's. size: (height, width) of the images as the network itself gets them."""
+
+    name: str
+    network: nn.Module
+    tokens: Callable[[Tensor], Tensor]
+    prefix: int
+    size: tuple[int, int]
+
+
+class Found(NamedTuple):
+    """What was seen of a subject: its heads by block, none of a network without attention; its tokens as they come and
+    whitened."""
+
+    looks: list[Look]
+    raw: Any
+    whitened: Any
+
+
+def main(
+    source: str, run: str | None, weights: str | None, set: list[str], teacher: str | None, compare: list[str],
+    images: int, out: str, json: bool,
+) -> int:  # fmt: skip
+    """Look, print, and write diagnosis.json and pictures into a folder."""
+    prepare_environment()
+    dist.init()
+    if images < 1:
+        raise UserError(f"--images must be at least 1, got {images}")
+    settings, subjects = _subjects(source, run, weights, set, teacher, compare)
+    found, likeness = look(settings, subjects, images)
+    if dist.rank() == 0:
+        report = as_data(subjects, found, likeness)
+        folder = Path(out)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "diagnosis.json", json_module.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"{out}: could not be written ({error}); name another with --out") from None
+        pictures(subjects, found, folder)
+        print(json_module.dumps(report) if json else f"{for_a_person(report)}\npictures and numbers: {folder}")
+    dist.close()
+    return 0
+
+
+def _subjects(
+    source: str, run: str | None, weights: str | None, overrides: Sequence[str], teacher: str | None, compare: list[str]
+) -> tuple[config.Config, list[Subject]]:
+    """The networks, the first one's settings saying which images they see."""
+    if teacher is not None:
+        settings = config.load(source, overrides)
+        first = _teacher(settings, teacher)
+    else:
+        settings, checkpoint = find(source, run, weights, overrides)
+        first = _student(settings, checkpoint if checkpoint is not None else str(weights), "student")
+    others = []
+    for one in compare:
+        if one == "teacher":
+            others.append(_teacher(settings, ""))
+        else:
+            theirs, checkpoint = find(one, None, None, ())
+            assert checkpoint is not None
+            theirs = dataclasses.replace(theirs, data=settings.data)
+            others.append(_student(theirs, checkpoint, Path(one).name))
+    return settings, [first, *others]
+
+
+def _student(settings: config.Config, weights: Path | str, name: str) -> Subject:
+    network = student.build(settings, training=False)
+    file = student.read_checkpoint(weights) if isinstance(weights, Path) else student.read_weights(weights)
+    loaded = student.trained_backbone(settings, file)
+    materialise(network, lambda part, shape: loaded[f"{student.PREFIX}{part}"](), torch.float32, dist.device())
+    network.eval()
+    size = (settings.data.image_size,) * 2
+    tokens = lambda images: network(normalise(images, torch.float32))  # noqa: E731
+    return Subject(name, network, tokens, len(network.prefix), size)
+
+
+def _teacher(settings: config.Config, name: str) -> Subject:
+    known = config.teachers_of(settings)
+    if name not in known or not known[name].source:
+        raise UserError(f"the recipe has no teacher {name!r}: it has {', '.join(filter(None, known)) or 'none'}")
+    teacher = assemble.build_teacher(settings, name).to(dist.device())
+    size = teacher.image_size or (settings.data.image_size,) * 2
+    return Subject(name or "teacher", teacher.network, teacher, len(teacher.prefix), size)
+
+
+@torch.no_grad()
+def look(settings: config.Config, subjects: list[Subject], images: int) -> tuple[list[Found], Tensor]:
+    """Of so many images of data.heldout_shards; and (subjects, subjects) linear CKA of mean tokens; a collective."""
+    index = open_heldout(settings.data)
+    if index is None:
+        raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
+    images = min(images, index.samples)
+    data = dataclasses.replace(settings.data, heldout_samples=images)
+    view = functools.partial(eval_view, size=data.image_size, interpolation=data.interpolation, decoding=data.decode)
+    gathered: list[dict[int, Heads]] = [{} for _ in subjects]
+    moments = [(Moments(), Moments()) for _ in subjects]
+    likeness = Likeness(len(subjects), len(subjects))
+    with Progress(console=Console(stderr=True), transient=True, disable=dist.rank() != 0) as progress:
+        bar = progress.add_task("images", total=images)
+        for batch in heldout_batches(dataclasses.replace(settings, data=data), index, view):
+            counted, seen = batch["weights"].bool(), to_device(batch["images"])
+            means = []
+            for subject, blocks, (raw, whitened) in zip(subjects, gathered, moments, strict=True):
+                see = functools.partial(_see, blocks, counted)
+                tokens = _tokens(subject, seen, see)[counted.to(seen.device)][:, subject.prefix :]
+                if not tokens.isfinite().all():
+                    raise UserError(f"features of {subject.name} are not finite")
+                raw.add(tokens)
+                whitened.add(whiten(tokens))
+                means.append(tokens.mean(1))
+            likeness.add(means, means)
+            progress.update(bar, advance=len(batch["numbers"]) * dist.world())
+    found = []
+    for blocks, (raw, whitened) in zip(gathered, moments, strict=True):
+        looks = [blocks[number].result() for number in sorted(blocks)]
+        found.append(Found(looks, raw.result(), whitened.result()))
+    return found, likeness.result()
+
+
+def _tokens(subject: Subject, images: Tensor, see: Callable[[int, Attended], None]) -> Tensor:
+    if not has_attention(subject.network):
+        return subject.tokens(images)
+    with watched(subject.network, subject.size, see):
+        return subject.tokens(images)
+
+
+def _see(blocks: dict[int, Heads], counted: Tensor, number: int, attended: Attended) -> None:
+    blocks.setdefault(number, Heads()).add(attended, counted)
+
+
+def as_data(subjects: list[Subject], found: list[Found], likeness: Tensor) -> dict[str, Any]:
+    """Plain numbers."""
+    return {
+        "subjects": [
+            {
+                "name": subject.name,
+                "network": type(subject.network).__name__,
+                "image_size": list(subject.size),
+                "images": one.looks[0].images if one.looks else None,
+                "blocks": [heads.as_data(look) for look in one.looks],
+                "features": {
+                    name: {
+                        "effective_rank": value.effective_rank,
+                        "channels": len(value.mean),
+                        "mean": value.mean.tolist(),
+                        "std": value.std.tolist(),
+                    }
+                    for name, value in (("raw", one.raw), ("whitened", one.whitened))
+                },
+            }
+            for subject, one in zip(subjects, found, strict=True)
+        ],
+        "cka_of_mean_tokens": likeness.tolist(),
+    }
+
+
+def for_a_person(report: dict[str, Any]) -> str:
+    """A line for each subject and block."""
+    lines = []
+    for subject in report["subjects"]:
+        rank = subject["features"]["whitened"]
+        lines.append(
+            f"{subject['name']} ({subject['network']}): effective rank of whitened features "
+            f"{rank['effective_rank']:.1f} of {rank['channels']}"
+        )
+        if not subject["blocks"]:
+            lines.append("  has no attention to look at")
+            continue
+        lines.append("  block   distance, px (least to most)   likeness of heads   diagonal   columns")
+        for number, block in enumerate(subject["blocks"]):
+            low, high = min(block["distance_px"]), max(block["distance_px"])
+            diagonal, columns = (sum(block[name]) / len(block[name]) for name in ("diagonality", "columns"))
+            lines.append(
+                f"  {number:>5}   {low:>12.1f} to {high:<12.1f}   {block['similarity']:>17.3f}   {diagonal:>8.3f}   "
+                f"{columns:>7.3f}"
+            )
+    names = [subject["name"] for subject in report["subjects"]]
+    if len(names) > 1:
+        lines.append(
+            "linear CKA of mean tokens with "
+            + names[0]
+            + ": "
+            + ", ".join(
+                f"{name} {value:.3f}"
+                for name, value in zip(names[1:], report["cka_of_mean_tokens"][0][1:], strict=True)
+            )
+        )
+    return "\n".join(lines)
+
+
+def pictures(subjects: list[Subject], found: list[Found], folder: Path) -> None:
+    """heads.png: distance and likeness by depth; offsets.png: where heads look, of the first, middle and last block."""
+    from fdscale.diagnose.plots import by_depth, offset_maps
+
+    seen = [(subject.name, one.looks) for subject, one in zip(subjects, found, strict=True) if one.looks]
+    if not seen:
+        return
+    by_depth(
+        [
+            (name, [look.distance.tolist() for look in looks], [look.likeness() for look in looks])
+            for name, looks in seen
+        ],
+        folder / "heads.png",
+    )
+    offset_maps(
+        [(name, [look.offsets.mean(0).numpy() for look in looks]) for name, looks in seen], folder / "offsets.png"
+    )
