@@ -336,3 +336,23 @@ def test_thinning_keeps_the_surest_of_a_class() -> None:
     apart = [Detections(*(part[some] for part in found[:3]), None) for some in (slice(0, 2), slice(2, 4))]
     assert all(torch.equal(a, b) for a, b in zip(joined(apart, Thinning())[:3], kept[:3], strict=True))
     assert joined(apart[:1], Thinning()) is apart[0]
+
+
+def test_the_plan_sees_what_training_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device every place for a box is taken; where images fill them all, that is what training keeps."""
+    from fdscale.plan.shapes import _measure
+
+    monkeypatch.setattr(regions, "SAMPLED", 60)
+    for kind, more, most in (
+        ("mask_rcnn", {}, 1.03),
+        ("cascade", {"box_loss": "giou"}, 1.5),
+        ("htc", {"stuff": 4}, 1.5),
+    ):
+        batch = scene((3, 2, 2))
+        if not more.get("stuff"):
+            batch.pop("stuff")
+        real = _measure(detector(kind, **more).train(), tuple(batch.values()), [], False)
+        shapes = tuple(batch[name].to("meta") for name in ("images", "sizes"))
+        planned = _measure(detector(kind, **more).to("meta").train(), shapes, [], False)
+        assert 0.97 < planned.kept / real.kept < most
+        assert 0.97 < planned.peak / real.peak < most
