@@ -168,8 +168,9 @@ class Detector(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill one parameter in place, by the rules of the backbone or Detectron2's for what is behind it.
 
-        Biases 0, norms 1; scores of classes normal 0.01, boxes and masks 0.001, of proposals 0.01; the pyramid and linear
-        layers uniform by what comes in (Xavier's, of Caffe2); other convolutions Kaiming's normal by what comes out.
+        Biases 0, norms 1; scores of classes normal 0.01, boxes and masks 0.001, of proposals 0.01; the pyramid and
+        linear layers uniform by what comes in (Xavier's, of Caffe2); other convolutions Kaiming's normal by what comes
+        out.
         """
         part, _, rest = name.partition(".")
         last = name.split(".")[-2]
