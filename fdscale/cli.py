@@ -242,9 +242,11 @@ def _recipes(verbs: argparse._SubParsersAction) -> None:
 
 def _doctor(verbs: argparse._SubParsersAction) -> None:
     text = "say what this machine can run and what is missing"
-    sub = verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor")
+    sub = verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor --path /data --path /checkpoints")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
     build = "also compile now what DeepSpeed would at first use, under this ds_config (default: ZeRO 0)"
+    where = "also look at where data or runs lie: room, speed (64 MiB are written, read and removed), clock; repeatable"
+    sub.add_argument("--path", action="append", default=[], metavar="DIR", help=where)
     sub.add_argument("--build", nargs="?", const="", metavar="FILE", help=build)
 
 

@@ -31,9 +31,11 @@ STARTS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: images with labels, epochs, seeds, rates that are tried; width and depth of the ViT."""
+    """How much of everything: images with labels and to test on, epochs, seeds, rates that are tried; the ViT's width
+    and depth."""
 
     labelled: int = 2000
+    tested: int = 4000
     supervised: int = 40
     contrastive: int = 3
     distilled: int = 4
@@ -44,7 +46,7 @@ class Sizes:
     depth: int = 4
 
 
-QUICK = Sizes(200, 2, 1, 1, 1, 2, (3e-3,), 32, 2)
+QUICK = Sizes(200, 300, 2, 1, 1, 1, 2, (3e-3,), 32, 2)
 
 
 class Experiment:
@@ -81,6 +83,7 @@ class Experiment:
     def _prepare(self) -> data.Part:
         """Shards of labelled, chosen-by, all and test images; the images without labels."""
         train, test = data.digits() if self.quick else data.fashion(self.source)
+        test = data.Part(*(part[: self.sizes.tested] for part in test))
         labelled, chosen_by, rest = data.split(train, self.sizes.labelled, seed=0)
         parts = {"labelled": (labelled, True), "chosen-by": (chosen_by, True), "test": (test, True)}
         everything = data.Part(*(_joined(labelled, rest)))
