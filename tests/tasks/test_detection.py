@@ -13,6 +13,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
+from fdscale.engine.optim import param_groups
 from fdscale.models.layers import initial_value
 from fdscale.models.swin_v2 import SwinV2
 from fdscale.models.vit import ViT
@@ -230,6 +231,27 @@ def test_a_plain_vit_has_the_same_strides() -> None:
     batch.pop("stuff")
     network(**batch).backward()
     assert network.head_flops((SIDE, SIDE)) > 0
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "htc"])
+def test_layers_decay_towards_the_input_and_vectors_have_no_weight_decay(kind: str) -> None:
+    """The backbone's layers as they are alone, all behind it at the top rate."""
+    network = detector(kind, stuff=4 if kind == "htc" else 0, global_block=kind == "htc", norm="group")
+    groups = param_groups(network, lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    alone = {name: group["lr"] for group in param_groups(network.backbone, 1.0, 0.05, 0.5) for name in group["names"]}
+    top = max(network.depth_of(name) for name in rates)
+    assert top == sum(network.backbone.depths) + 1
+    for name, parameter in network.named_parameters():
+        part, _, rest = name.partition(".")
+        if part != "backbone":
+            assert rates[name] == 1.0
+            assert decays[name] == (0.0 if parameter.ndim == 1 else 0.05)
+            continue
+        assert rates[name] == 0.5 ** (top - network.backbone.depth_of(rest))
+        assert (decays[name] == 0) == (rest in network.backbone.no_decay())
+        assert rates[name] <= alone[rest]
 
 
 def test_three_stages_move_boxes_on() -> None:
