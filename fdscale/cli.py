@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _cache(verbs)
     _export(verbs)
     _runs(verbs)
+    _report(verbs)
     _recipes(verbs)
     _doctor(verbs)
     _shards(verbs)
@@ -230,6 +231,23 @@ def _runs(verbs: argparse._SubParsersAction) -> None:
     slow = "how fast each rank is, the slowest first: the 50th, 95th and 100th percentile of the last steps"
     sub.add_argument("--ranks", action="store_true", help=slow)
     sub.add_argument("--json", action="store_true", help="machine-readable output")
+
+
+def _report(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale report runs/clip-b\n"
+        "  Beside another run, with the pictures of a diagnosis:\n"
+        "  fdscale report runs/clip-b --compare runs/clip-b-100 --pictures diagnosis --out clip-b.html"
+    )
+    text = "write one HTML file about a run, living or ended: curves, time, starts, pictures, settings"
+    sub = verb(verbs, "report", "fdscale.report:main", text, example)
+    sub.add_argument("run", metavar="RUN", help="run directory")
+    sub.add_argument(
+        "--compare", metavar="OTHER", help="another run, whose curves stand beside, with what was set otherwise"
+    )
+    folders = "folder of pictures to take in, besides those of the run; repeatable"
+    sub.add_argument("--pictures", action="append", default=[], metavar="DIR", help=folders)
+    sub.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html)")
 
 
 def _recipes(verbs: argparse._SubParsersAction) -> None:
