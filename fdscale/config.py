@@ -225,6 +225,12 @@ def check(config: Config, where: str) -> None:
             f"{where}: detect.bounds {list(config.detect.bounds)} do not fit into the square of data.image_size "
             f"{config.data.image_size}"
         )
+    segment = config.segment
+    if segment.inference == "slide" and (segment.stride or 0) > config.data.image_size:
+        raise UserError(
+            f"{where}: segment.stride is {segment.stride}, more than data.image_size {config.data.image_size}: no crop "
+            "would see the pixels between"
+        )
     if config.memory.micro_batch % together(config):
         raise UserError(
             f"{where}: memory.micro_batch is {config.memory.micro_batch}; fine-tuning mixes samples in pairs and needs "

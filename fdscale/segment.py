@@ -33,6 +33,11 @@ class Segmentation:
         self.inputs = open_inputs(settings, world)
         self.module = student.build_segmenter(settings, student.build(settings))
         self._data, self._segment = settings.data, settings.segment
+        if self._segment.norm == "batch" and settings.memory.micro_batch * world == 1:
+            raise UserError(
+                "segment.norm is batch, and a micro-batch is one image on one rank: what is pooled to a single pixel "
+                "has no variance; take a larger memory.micro_batch, or --set segment.norm=group"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Nothing besides the settings and the data."""

@@ -6,6 +6,7 @@ The scenes are generated: discs and squares on photographs, with exact masks.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from helpers import run_cli, sets
 from PIL import Image
 from safetensors.torch import load_file
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples, tensors
+from torch import Tensor
 
 from fdscale import UserError, cli, config
 from fdscale.evaluate import find, measure
 from fdscale.student import backbone, build_segmenter, initial_values, read_weights
+from fdscale.tasks.segmentation import Segmenter
 
 pytestmark = pytest.mark.slow
 
@@ -94,6 +97,39 @@ def test_killed_and_resumed_is_bitwise(
     assert len(moved) > 10
     assert all(saved[name].dtype == torch.float32 for name in moved)
     assert [row["heldout_samples"] for row in records(whole) if "heldout_samples" in row] == [5, 5, 5]
+
+
+def test_a_skipped_step_leaves_statistics_as_they_were(
+    tiny_segment: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch has moved them by the time that its loss turns out to be no number."""
+    usual, before, behind = Segmenter.forward, [], []
+
+    def forward(self: Segmenter, images: Tensor, masks: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
+        before.append({name: value.clone() for name, value in self.state_dict().items()})
+        loss = usual(self, images, masks, numbers)
+        behind.append({name: value.clone() for name, value in self.state_dict().items()})
+        return loss * math.nan if len(before) in (5, 6) else loss  # the third step's two micro-batches
+
+    monkeypatch.setattr(Segmenter, "forward", forward)
+    run = tmp_path / "run"
+    assert cli.main(tiny_segment(run, "schedule.steps=5", "save.every=9")) == 0
+    assert [row["skipped"] for row in records(run)] == [0, 0, 1, 1, 1]
+    assert len(before) == 10
+    statistics = [name for name in before[0] if "running" in name]
+    assert len(statistics) > 20
+    assert [name for name in before[4] if not torch.equal(before[4][name], before[6][name])] == []
+    for name in statistics:
+        assert not torch.equal(behind[5][name], before[4][name])
+        assert not torch.equal(before[8][name], before[6][name])
+
+
+def test_one_image_is_no_batch(tiny_segment: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Pooled to one pixel it has no variance, which evaluation would divide by."""
+    words = tiny_segment(tmp_path / "run", *SCHEDULE, "memory.micro_batch=1")
+    done = run_cli(*words)
+    assert done.returncode == 2
+    assert "segment.norm=group" in done.stderr
 
 
 def records(run: Path) -> list[dict]:
@@ -224,9 +260,12 @@ def test_a_segmentation_starts_from_any_backbone(trained: Path) -> None:
         (["segment.classes=2"], ["whole segmenter of as many classes as segment.classes"]),
         (["data.heldout_shards=null"], ["data.heldout_shards is not set"]),
         (["segment.inference=whole"], ["relative position table is for 8x8"]),
+        (["segment.stride=65"], ["segment.stride is 65, more than data.image_size 64"]),
+        (["segment.norm=batch", "data.heldout_shards=FOLDER"], [".seg.png is needed beside each", "shards make"]),
     ],
 )
-def test_mistakes_are_named(trained: Path, changes: list[str], expected: list[str]) -> None:
+def test_mistakes_are_named(trained: Path, ade: Path, changes: list[str], expected: list[str]) -> None:
+    changes = [change.replace("FOLDER", str(ade / "ADEChallengeData2016/images")) for change in changes]
     with pytest.raises(UserError) as caught:
         measure(*find(str(trained), None, None, changes))
     for part in expected:
