@@ -231,6 +231,10 @@ def check(config: Config, where: str) -> None:
             f"{where}: segment.stride is {segment.stride}, more than data.image_size {config.data.image_size}: no crop "
             "would see the pixels between"
         )
+    if segment.classes and segment.head == "mask2former" and segment.channels % 32:
+        raise UserError(
+            f"{where}: segment.channels is {segment.channels}; Mask2Former needs a multiple of 32, such as 256"
+        )
     if config.memory.micro_batch % together(config):
         raise UserError(
             f"{where}: memory.micro_batch is {config.memory.micro_batch}; fine-tuning mixes samples in pairs and needs "

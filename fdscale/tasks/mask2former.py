@@ -19,7 +19,6 @@ from transformers import Mask2FormerConfig
 from transformers.models.mask2former.modeling_mask2former import (
     Mask2FormerLoss,
     Mask2FormerPixelDecoder,
-    Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention,
     Mask2FormerSinePositionEmbedding,
     Mask2FormerTransformerModule,
     multi_scale_deformable_attention,
@@ -58,7 +57,8 @@ class Mask2Former(nn.Module):
         self.backbone = backbone
         widths, strides = zip(*backbone.levels(), strict=True)
         self.neck = Rescale(widths[0], "group") if len(set(strides)) == 1 else Norms(widths)
-        self.head_config = Mask2FormerConfig(
+        theirs: Any = Mask2FormerConfig
+        self.head_config = theirs(
             feature_size=channels,
             mask_feature_size=channels,
             hidden_dim=channels,
@@ -73,12 +73,15 @@ class Mask2Former(nn.Module):
         )
         self.widths = [width for width, _ in self.neck.levels(backbone.levels())]
         self.pixel_decoder = Mask2FormerPixelDecoder(self.head_config, self.widths)
-        self.pixel_decoder.level_embed = nn.Parameter(torch.empty(LEVELS, channels))  # theirs ignores the device asked for
+        self.pixel_decoder.level_embed = nn.Parameter(
+            torch.empty(LEVELS, channels)
+        )  # theirs ignores the device asked for
         self.transformer_module = Mask2FormerTransformerModule(channels, self.head_config)
         self.class_predictor = nn.Linear(channels, classes + 1)
-        for layer in self.pixel_decoder.encoder.layers:
-            layer.self_attn = DeformableAttention(channels, HEADS, LEVELS, POINTS)
-        self.pixel_decoder.encoder.get_reference_points = centres
+        encoder: Any = self.pixel_decoder.encoder
+        for layer in encoder.layers:
+            layer.self_attn = DeformableAttention(channels)
+        encoder.get_reference_points = centres
         self.pixel_decoder.position_embedding = Positions(channels // 2, normalize=True)
         self.transformer_module.position_embedder = Positions(channels // 2, normalize=True)
         self.pixel_decoder.eval()
@@ -133,7 +136,9 @@ class Mask2Former(nn.Module):
         with torch.random.fork_rng([mask.device] if mask.is_cuda else []):
             torch.manual_seed(word)
             criterion = Criterion(self.head_config, WEIGHTS).to(mask.device)
-            found = criterion(**layers[-1], mask_labels=[wanted], class_labels=[kinds.long()], auxiliary_predictions=layers[:-1])
+            found = criterion(
+                **layers[-1], mask_labels=[wanted], class_labels=[kinds.long()], auxiliary_predictions=layers[:-1]
+            )
         return {name: torch.stack([v for key, v in found.items() if key.startswith(name)]).sum() for name in WEIGHTS}
 
     def head_flops(self, image_size: tuple[int, int]) -> int:
@@ -199,13 +204,21 @@ class Mask2Former(nn.Module):
 class Criterion(Mask2FormerLoss):
     """Theirs, of one image: with as many masks as that has, and not as all images of all ranks have on average."""
 
-    def get_num_masks(self, class_labels: Sequence[Tensor], device: torch.device) -> Tensor:
+    def get_num_masks(self, class_labels: Any, device: torch.device) -> Tensor:
         """At least 1."""
         return torch.tensor(float(max(1, len(class_labels[0]))), device=device)
 
 
-class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAttention):
+class DeformableAttention(nn.Module):
     """Theirs, with places in float32: bfloat16 has no half pixels beyond the 128th."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        places = HEADS * LEVELS * POINTS
+        self.sampling_offsets = nn.Linear(channels, 2 * places)
+        self.attention_weights = nn.Linear(channels, places)
+        self.value_proj = nn.Linear(channels, channels)
+        self.output_proj = nn.Linear(channels, channels)
 
     def forward(
         self,
@@ -213,19 +226,19 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
         position_embeddings: Tensor,
         encoder_hidden_states: Tensor,
         reference_points: Tensor,
-        spatial_shapes_list: Sequence[tuple[int, int]],
+        spatial_shapes_list: list[tuple[int, int]],
         **_: Any,
     ) -> tuple[Tensor, None]:
         """hidden_states, position_embeddings, encoder_hidden_states (B, N, D), reference_points (B, N, L, 2) -> (B, N,
         D); no cell is left out."""
         asking = hidden_states + position_embeddings
-        shape = (*asking.shape[:2], self.n_heads, self.n_levels, self.n_points)
+        shape = (*asking.shape[:2], HEADS, LEVELS, POINTS)
         value = self.value_proj(encoder_hidden_states)
         offsets = self.sampling_offsets(asking).float().view(*shape, 2)
-        weights = self.attention_weights(asking).float().unflatten(2, (self.n_heads, -1)).softmax(-1).view(shape)
+        weights = self.attention_weights(asking).float().unflatten(2, (HEADS, -1)).softmax(-1).view(shape)
         sizes = torch.tensor([(width, height) for height, width in spatial_shapes_list], device=asking.device)
         places = reference_points[:, :, None, :, None] + offsets / sizes[:, None]
-        wide = value.float().unflatten(2, (self.n_heads, -1))
+        wide = value.float().unflatten(2, (HEADS, -1))
         found = multi_scale_deformable_attention(wide, spatial_shapes_list, places, weights)
         return self.output_proj(found.to(value.dtype)), None
 
@@ -233,7 +246,7 @@ class DeformableAttention(Mask2FormerPixelDecoderEncoderMultiscaleDeformableAtte
 class Positions(Mask2FormerSinePositionEmbedding):
     """Theirs, computed in float32."""
 
-    def forward(self, shape: torch.Size, device: Any, dtype: torch.dtype, mask: None = None) -> Tensor:
+    def forward(self, shape: torch.Size, device: Any, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
         """(B, D, H, W) for maps of such a shape."""
         return super().forward(shape, device, torch.float32, mask).to(dtype)
 
@@ -248,7 +261,7 @@ def centres(shapes: Sequence[tuple[int, int]], ratios: Tensor, device: torch.dev
 
 
 def directions() -> Tensor:
-    """(HEADS * LEVELS * POINTS * 2,): where a cell looks first, each head in a direction of its own, 1 to 4 cells off."""
+    """(HEADS * LEVELS * POINTS * 2,): where a cell looks at first, each head in its own direction, 1 to 4 cells off."""
     angles = torch.arange(HEADS) * (2 * math.pi / HEADS)
     towards = torch.stack([angles.cos(), angles.sin()], -1)
     towards = towards / towards.abs().amax(-1, keepdim=True)
@@ -259,6 +272,4 @@ def directions() -> Tensor:
 def shares(classes: Tensor, masks: Tensor, size: Sequence[int]) -> Tensor:
     """The authors' semantic inference: classes (B, Q, K + 1) and masks (B, Q, h, w), both scores -> (B, K, *size), the
     sum over queries of the probability of a class times that of being in the mask."""
-    return torch.einsum(
-        "bqk,bqhw->bkhw", classes.float().softmax(-1)[..., :-1], resized(masks.float(), size).sigmoid()
-    )
+    return torch.einsum("bqk,bqhw->bkhw", classes.float().softmax(-1)[..., :-1], resized(masks.float(), size).sigmoid())
