@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -155,7 +156,11 @@ def test_other_ranks_and_micro_batches_train_the_same(tiny_segment: Callable[...
     """Group norm and Mask2Former do not see how a batch is cut; batch-norm sees as many images on 2 ranks x 4 as on 1 x
     8."""
     found = {}
-    heads = {"group": ("segment.norm=group",), "batch": ("segment.norm=batch",), "mask2former": MASK2FORMER}
+    heads = {
+        "group": ("segment.norm=group",),
+        "batch": ("segment.norm=batch",),
+        "mask2former": (*MASK2FORMER, "optim.lr=1e-4"),
+    }
     cuts = (("group", 1, 8), ("group", 2, 2), ("batch", 1, 8), ("batch", 2, 4), ("mask2former", 1, 8))
     for kind, ranks, micro in (*cuts, ("mask2former", 2, 1)):
         run = tmp_path / f"{kind}-{ranks}"
@@ -296,3 +301,46 @@ def test_recipes_of_the_other_kind_are_named(tmp_path: Path, capsys: pytest.Capt
     assert "segment.classes is 150" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"classify\.classes and segment\.classes are set"):
         config.load("demo_finetune", ["segment.classes=3"])
+
+
+def test_mask2former_learns_and_is_evaluated(ade: Path, tmp_path: Path) -> None:
+    """On two ranks as on one to the last bit, from several views, and from its export."""
+    run = tmp_path / "run"
+    vit = "patch_size: 8, embed_dim: 48, depth: 4, num_heads: 2, drop_path_rate: 0, position: per_block"
+    sizes = ("segment.channels=64", "segment.queries=10", "segment.encoder_layers=2", "segment.points=512")
+    settings = (
+        *(*SEGMENT, "student.model=vit", f"student.args={{{vit}, final_norm: false, layer_scale: 0}}"),
+        *(*MASK2FORMER, *sizes, "optim.lr=1e-3", "optim.clip_grad=0.1", "memory.micro_batch=8"),
+        *("schedule.steps=120", "schedule.warmup_steps=10", "log.every=40", "log.heldout_every=1000"),
+        *(f"data.shards={ade / 'train'}", f"data.heldout_shards={ade / 'heldout'}"),
+    )
+    done = run_cli("finetune", "demo_finetune", "--run", run, *sets(*settings))
+    assert done.returncode == 0, done.stderr
+    assert "vit + Mask2Former -> 3 classes" in done.stderr
+    rows = records(run)
+    assert {"loss_class", "loss_mask", "loss_dice"} <= rows[-1].keys()
+    assert rows[-1]["heldout_miou"] > 0.8
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        more = ("memory.micro_batch=3", "segment.scales=[1.0, 1.25]", "segment.mirror=true")
+        done = run_cli("evaluate", run, "--out", out, *sets(*more, f"data.heldout_shards={ade / 'wide'}"), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
+    assert found[0]["miou"] > 0.6  # of photographs with red and brown
+    file = tmp_path / "weights.safetensors"
+    assert cli.main(["export", str(run), str(file)]) == 0
+    settled, checkpoint = find(str(run), None, None, [])
+    assert measure(settled, str(file))["confusion"] == measure(settled, checkpoint)["confusion"]
+    with pytest.raises(UserError, match=r"whole segmenter of as many classes as segment\.classes"):
+        measure(*find(str(run), None, None, ["segment.head=upernet"]))
+
+
+def test_without_its_parts_mask2former_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fdscale.tasks.mask2former", None)
+    settings = config.load("demo_finetune", [*SEGMENT, *MASK2FORMER, "schedule.steps=1"])
+    with pytest.raises(UserError, match=r"pip install 'fdscale\[mask2former\]'"):
+        build_segmenter(settings, backbone(settings))
+    with pytest.raises(UserError, match=r"segment\.channels is 48; Mask2Former needs a multiple of 32"):
+        config.load("demo_finetune", [*SEGMENT, *MASK2FORMER, "schedule.steps=1", "segment.channels=48"])

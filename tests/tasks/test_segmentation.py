@@ -137,6 +137,14 @@ def test_several_views_average_probabilities() -> None:
     assert torch.equal(found[clear], total.argmax(0)[clear])
 
 
+def test_shares_are_averaged_as_they_are() -> None:
+    """Mask2Former's are no scores of a softmax."""
+    views = [torch.rand(CLASSES, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    wanted = sum(F.interpolate(view[None], (20, 21), mode="bilinear")[0] for view in views)
+    assert torch.equal(likeliest(views, (20, 21), logits=False), wanted.argmax(0))
+    assert not torch.equal(likeliest(views, (20, 21)), wanted.argmax(0))
+
+
 def test_an_image_smaller_than_a_crop_is_padded() -> None:
     """With the mean colour; its classes are those of its own part."""
     image = torch.randn(3, 10, 40, generator=torch.Generator().manual_seed(6))
