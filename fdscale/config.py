@@ -324,6 +324,8 @@ def trajectory(config: Config) -> dict[str, Any]:
         excluded |= {"schedule.shape", "schedule.power"}
     if config.schedule.shape != "steps":
         excluded |= {"schedule.drops"}
+    if config.segment.head == "upernet":
+        excluded |= {f"segment.{key}" for key in ("head", "queries", "encoder_layers", "decoder_layers", "points")}
     teachers = teachers_of(config)
     if all(teacher.whiten != "phi_s" for teacher in teachers.values()):
         excluded |= {"objective.whiten_samples"}

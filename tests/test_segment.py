@@ -172,7 +172,7 @@ def test_other_ranks_and_micro_batches_train_the_same(tiny_segment: Callable[...
     for kind in heads:
         for step, (loss, _, lr) in found[kind, 1].items():
             other = found[kind, 2][step]
-            assert (other[0], other[2]) == (pytest.approx(loss, rel=1e-3), lr)
+            assert (other[0], other[2]) == (pytest.approx(loss, rel=1e-4 if kind == "mask2former" else 1e-3), lr)
 
 
 @pytest.fixture(scope="module")
