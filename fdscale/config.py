@@ -225,6 +225,16 @@ def check(config: Config, where: str) -> None:
             f"{where}: detect.bounds {list(config.detect.bounds)} do not fit into the square of data.image_size "
             f"{config.data.image_size}"
         )
+    segment = config.segment
+    if segment.inference == "slide" and (segment.stride or 0) > config.data.image_size:
+        raise UserError(
+            f"{where}: segment.stride is {segment.stride}, more than data.image_size {config.data.image_size}: no crop "
+            "would see the pixels between"
+        )
+    if segment.classes and segment.head == "mask2former" and segment.channels % 32:
+        raise UserError(
+            f"{where}: segment.channels is {segment.channels}; Mask2Former needs a multiple of 32, such as 256"
+        )
     if config.memory.micro_batch % together(config):
         raise UserError(
             f"{where}: memory.micro_batch is {config.memory.micro_batch}; fine-tuning mixes samples in pairs and needs "
@@ -314,6 +324,8 @@ def trajectory(config: Config) -> dict[str, Any]:
         excluded |= {"schedule.shape", "schedule.power"}
     if config.schedule.shape != "steps":
         excluded |= {"schedule.drops"}
+    if config.segment.head == "upernet":
+        excluded |= {f"segment.{key}" for key in ("head", "queries", "encoder_layers", "decoder_layers", "points")}
     teachers = teachers_of(config)
     if all(teacher.whiten != "phi_s" for teacher in teachers.values()):
         excluded |= {"objective.whiten_samples"}

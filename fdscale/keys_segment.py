@@ -9,10 +9,11 @@ from fdscale.strict import option
 
 @dataclass(frozen=True)
 class Segment:
-    """Fine-tuning to name the class of every pixel, with UPerNet (arXiv 1807.10221), and its evaluation.
+    """Fine-tuning to name the class of every pixel, with UPerNet (arXiv 1807.10221) or Mask2Former (arXiv 2112.01527),
+    and its evaluation.
 
-    Defaults are mmsegmentation's for ADE20K. data.image_size is the side of the crops; data.scale and data.ratio are
-    left aside.
+    Defaults are mmsegmentation's of UPerNet for ADE20K. data.image_size is the side of the crops; data.scale and
+    data.ratio are left aside.
     """
 
     classes: int | None = option(
@@ -21,7 +22,17 @@ class Segment:
     reduce_zero_label: bool = option(
         False, "0 in a mask is no class, and n is class n - 1, as in ADE20K; 255 is no class either way"
     )
-    channels: int = option(512, "channels of UPerNet", low=1)
+    head: str = option(
+        "upernet",
+        "upernet, which scores the classes of each pixel, or mask2former, whose queries each predict a mask and its "
+        "class; it needs `pip install 'fdscale[mask2former]'`, and leaves the auxiliary head, dropout and norm aside",
+        choices=("upernet", "mask2former"),
+    )
+    queries: int = option(100, "of Mask2Former: masks that are predicted", low=1)
+    encoder_layers: int = option(6, "of Mask2Former: layers of deformable attention over the maps", low=1)
+    decoder_layers: int = option(9, "of Mask2Former: layers in which queries look at the maps", low=1)
+    points: int = option(12544, "of Mask2Former: pixels on which masks are compared, drawn for each", low=4)
+    channels: int = option(512, "channels of the head; of Mask2Former a multiple of 32, the authors' is 256", low=1)
     auxiliary_channels: int = option(256, "channels of the auxiliary head, on the last map but one", low=1)
     auxiliary_weight: float = option(0.4, "factor of the auxiliary head's loss; 0: no such head", low=0.0)
     dropout: float = option(0.1, "probability that a channel is left out before it is scored", low=0.0, high=0.999)

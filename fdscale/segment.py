@@ -33,6 +33,15 @@ class Segmentation:
         self.inputs = open_inputs(settings, world)
         self.module = student.build_segmenter(settings, student.build(settings))
         self._data, self._segment = settings.data, settings.segment
+        if self._batch_norm and settings.memory.micro_batch * world == 1:
+            raise UserError(
+                "segment.norm is batch, and a micro-batch is one image on one rank: what is pooled to a single pixel "
+                "has no variance; take a larger memory.micro_batch, or --set segment.norm=group"
+            )
+
+    @property
+    def _batch_norm(self) -> bool:
+        return self._segment.head == "upernet" and self._segment.norm == "batch"
 
     def identity(self) -> dict[str, Any]:
         """Nothing besides the settings and the data."""
@@ -49,10 +58,11 @@ class Segmentation:
     def about(self) -> list[str]:
         """The backbone, where its weights come from, what batch-norm sees, and what computes."""
         settings = self.inputs.settings
-        lines = [f"{settings.student.model} + UPerNet -> {self._segment.classes} classes of pixels"]
+        head = {"upernet": "UPerNet", "mask2former": "Mask2Former"}[self._segment.head]
+        lines = [f"{settings.student.model} + {head} -> {self._segment.classes} classes of pixels"]
         if settings.student.weights is None:
             lines.append("student.weights is not set: the backbone began with random weights")
-        if self._segment.norm == "batch":
+        if self._batch_norm:
             lines.append(f"batch-norm over {settings.memory.micro_batch * dist.world()} images (micro-batch x ranks)")
         return [*lines, *student.about_kernels(self.module.backbone)]
 
@@ -190,6 +200,7 @@ def inference(settings: config.Config, in_step: bool = False) -> Inference:
         interpolation=settings.data.interpolation,
         batch=settings.memory.micro_batch,
         rounds=(lambda mine: max(dist.gather(mine))) if in_step else None,
+        logits=segment.head == "upernet",
     )
 
 

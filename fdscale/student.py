@@ -97,10 +97,24 @@ def build_classifier(settings: config.Config, student: Any) -> Classifier:
         return Classifier(student, settings.classify.classes, settings.classify.head_scale)
 
 
-def build_segmenter(settings: config.Config, student: Any) -> Segmenter:
-    """A backbone with UPerNet for `segment.classes`, on the meta device."""
+def build_segmenter(settings: config.Config, student: Any) -> Any:
+    """A backbone with UPerNet or Mask2Former for `segment.classes`, on the meta device.
+
+    Raises UserError where what the latter is made of is missing.
+    """
     segment = settings.segment
     assert segment.classes is not None
+    if segment.head == "mask2former":
+        try:
+            from fdscale.tasks.mask2former import Mask2Former  # imports another library, which takes seconds
+        except ImportError as error:
+            raise UserError(
+                f"segment.head is mask2former, and its parts cannot be imported ({error}): pip install "
+                "'fdscale[mask2former]', or --set segment.head=upernet"
+            ) from None
+        sizes = (segment.channels, segment.queries, segment.encoder_layers, segment.decoder_layers, segment.points)
+        with torch.device("meta"):
+            return Mask2Former(student, segment.classes, *sizes, settings.student.seed)
     with torch.device("meta"):
         return Segmenter(
             student,
@@ -239,7 +253,7 @@ def _check_fit(name: str, value: Tensor | None, wanted: Tensor, module: nn.Modul
     if value is None or value.shape != wanted.shape:
         what = "are missing" if value is None else f"have the shape {tuple(value.shape)}"
         kind = type(module).__name__.lower()
-        section = {"segmenter": "segment", "detector": "detect"}.get(kind, "classify")
+        section = {"segmenter": "segment", "mask2former": "segment", "detector": "detect"}.get(kind, "classify")
         raise UserError(
             f"the weights of {name} {what}; expected {tuple(wanted.shape)}: give weights of a whole {kind} of as many "
             f"classes as {section}.classes says"

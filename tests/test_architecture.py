@@ -82,6 +82,7 @@ HOMES = {  # package -> files that may import it
     "fairscale": ("engine/memory.py",),
     "torchao": ("engine/fp8.py",),
     "webdataset": ("data/", "bench/"),
+    "transformers": ("tasks/mask2former.py",),
     "pycocotools": ("data/", "tasks/average_precision.py", "detect.py"),
 }
 

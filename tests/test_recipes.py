@@ -63,6 +63,7 @@ SEGMENTED = {
     "upernet_vit_large": 303_308_288 + 24 * 16 * (73**2 - 31**2),
     "upernet_swinv2_base": 86_893_816,
     "upernet_swinv2_g": 2_997_843_680,
+    "mask2former_swinv2_base": 86_893_816,
 }
 DETECTED = {
     "mask_rcnn_vit_base": 85_760_448 + 12 * 12 * (127**2 - 27**2),  # tables of 64 x 64 tokens
@@ -324,6 +325,20 @@ def test_segmentation_numbers_are_the_published_ones(
     assert (segment.ratio, segment.most_of_a_class, segment.distort, segment.dropout) == ((0.5, 2.0), 0.75, True, 0.1)
 
 
+def test_mask2formers_numbers_are_the_published_ones() -> None:
+    """facebookresearch/Mask2Former, configs/ade20k/semantic-segmentation; the whole model has 107 M parameters."""
+    settings = config.load("mask2former_swinv2_base")
+    optim, schedule, segment = settings.optim, settings.schedule, settings.segment
+    assert (optim.lr, optim.weight_decay, optim.clip_grad, optim.batch_size) == (1e-4, 0.05, 0.01, 16)
+    assert (schedule.shape, schedule.power, schedule.steps, schedule.warmup_steps) == ("poly", 0.9, 160_000, 0)
+    assert (settings.data.image_size, segment.bounds, segment.inference) == (640, (2560, 640), "whole")
+    assert (segment.queries, segment.encoder_layers, segment.decoder_layers, segment.points) == (100, 6, 9, 12544)
+    assert (segment.channels, segment.ratio, segment.most_of_a_class, segment.distort) == (256, (0.5, 2.0), 1.0, True)
+    assert settings.student.args["drop_path_rate"] == 0.3
+    module = student.build_labelled(settings, backbone(settings))
+    assert sum(parameter.numel() for parameter in module.parameters()) == pytest.approx(107e6, rel=0.01)
+
+
 def test_the_larger_window_of_swinv2_g_is_a_setting() -> None:
     """What the header says for 896 px: 56 x 56 tokens a window, and a batch of any number of ranks up to 32."""
     text = config.recipes()["upernet_swinv2_g"].read_text()
@@ -430,7 +445,10 @@ def test_a_tiny_segmentation_takes_two_real_steps(name: str, tmp_path: Path, pro
     settings = change(
         settings,
         student=change(settings.student, args={**settings.student.args, **small}),
-        segment=change(settings.segment, channels=16, auxiliary_channels=16, bounds=(4 * size, size), stride=size // 2),
+        segment=change(
+            settings.segment, channels=32, auxiliary_channels=16, bounds=(4 * size, size), stride=size // 2,
+            queries=8, encoder_layers=1, decoder_layers=3, points=64,
+        ),
         data=change(
             settings.data, shards=(str(tmp_path / "shards"),), heldout_shards=str(tmp_path / "shards"),
             heldout_samples=3, image_size=size, workers=0,
@@ -444,8 +462,14 @@ def test_a_tiny_segmentation_takes_two_real_steps(name: str, tmp_path: Path, pro
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in records] == [0, 1, 2]
     assert records[-1]["heldout_samples"] == 3
-    assert records[1]["loss_decode"] < 1.2 * math.log(150)  # as a mean over all pixels, those beyond the edges too
-    assert records[1]["loss"] == pytest.approx(records[1]["loss_decode"] + 0.4 * records[1]["loss_auxiliary"])
+    first = records[1]
+    if settings.segment.head == "mask2former":
+        assert first["loss"] == pytest.approx(
+            2 * first["loss_class"] + 5 * first["loss_mask"] + 5 * first["loss_dice"], rel=1e-4
+        )
+    else:
+        assert first["loss_decode"] < 1.2 * math.log(150)  # as a mean over all pixels, those beyond the edges too
+        assert first["loss"] == pytest.approx(first["loss_decode"] + 0.4 * first["loss_auxiliary"])
     assert all(record["grad_norm"] > 0 for record in records[1:])
 
 

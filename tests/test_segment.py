@@ -6,6 +6,8 @@ The scenes are generated: discs and squares on photographs, with exact masks.
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,10 +19,12 @@ from helpers import run_cli, sets
 from PIL import Image
 from safetensors.torch import load_file
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples, tensors
+from torch import Tensor
 
 from fdscale import UserError, cli, config
 from fdscale.evaluate import find, measure
 from fdscale.student import backbone, build_segmenter, initial_values, read_weights
+from fdscale.tasks.segmentation import Segmenter
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +53,14 @@ SEGMENT = (
     "log.samples=true",
     "log.tensorboard=false",
 )
+MASK2FORMER = (
+    "segment.head=mask2former",
+    "segment.channels=32",
+    "segment.queries=8",
+    "segment.encoder_layers=1",
+    "segment.decoder_layers=3",
+    "segment.points=256",
+)
 WIDE = (*scenes.SIZES, (60, 290))  # (height, width); the last takes more crops, so more calls of the network
 
 
@@ -74,12 +86,19 @@ def tiny_segment(ade: Path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.parametrize(("ranks", "stage", "bf16"), [(1, 0, False), (2, 3, False), (2, 2, True)])
+@pytest.mark.parametrize("head", [(), MASK2FORMER], ids=["upernet", "mask2former"])
 def test_killed_and_resumed_is_bitwise(
-    tiny_segment: Callable[..., list[str]], ade: Path, tmp_path: Path, ranks: int, stage: int, bf16: bool
+    tiny_segment: Callable[..., list[str]],
+    ade: Path,
+    tmp_path: Path,
+    ranks: int,
+    stage: int,
+    bf16: bool,
+    head: tuple[str, ...],
 ) -> None:
     """Weights, moments and the statistics of batch-norms, evaluated on the way, at ZeRO 3 too."""
     options = ("--ds", str(ds_file(tmp_path, stage, bf16)))
-    more = (*SCHEDULE, f"data.heldout_shards={ade / 'wide'}", "data.heldout_samples=5", "log.heldout_every=3")
+    more = (*SCHEDULE, f"data.heldout_shards={ade / 'wide'}", "data.heldout_samples=5", "log.heldout_every=3", *head)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     done = run_cli(*tiny_segment(whole, *more, options=options), ranks=ranks)
     assert done.returncode == 0, done.stderr
@@ -91,9 +110,42 @@ def test_killed_and_resumed_is_bitwise(
     assert_same(whole, killed, ranks)
     saved = tensors(whole, 6, ranks)
     moved = [name for name in saved if "running_mean" in name and saved[name].any()]
-    assert len(moved) > 10
+    assert len(moved) > 10 or head
     assert all(saved[name].dtype == torch.float32 for name in moved)
     assert [row["heldout_samples"] for row in records(whole) if "heldout_samples" in row] == [5, 5, 5]
+
+
+def test_a_skipped_step_leaves_statistics_as_they_were(
+    tiny_segment: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch has moved them by the time that its loss turns out to be no number."""
+    usual, before, behind = Segmenter.forward, [], []
+
+    def forward(self: Segmenter, images: Tensor, masks: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
+        before.append({name: value.clone() for name, value in self.state_dict().items()})
+        loss = usual(self, images, masks, numbers)
+        behind.append({name: value.clone() for name, value in self.state_dict().items()})
+        return loss * math.nan if len(before) in (5, 6) else loss  # the third step's two micro-batches
+
+    monkeypatch.setattr(Segmenter, "forward", forward)
+    run = tmp_path / "run"
+    assert cli.main(tiny_segment(run, "schedule.steps=5", "save.every=9")) == 0
+    assert records(run)[-1]["skipped"] == 1
+    assert len(before) == 10
+    statistics = [name for name in before[0] if "running" in name]
+    assert len(statistics) > 20
+    assert [name for name in before[4] if not torch.equal(before[4][name], before[6][name])] == []
+    for name in statistics:
+        assert not torch.equal(behind[5][name], before[4][name])
+        assert not torch.equal(before[8][name], before[6][name])
+
+
+def test_one_image_is_no_batch(tiny_segment: Callable[..., list[str]], tmp_path: Path) -> None:
+    """Pooled to one pixel it has no variance, which evaluation would divide by."""
+    words = tiny_segment(tmp_path / "run", *SCHEDULE, "memory.micro_batch=1")
+    done = run_cli(*words)
+    assert done.returncode == 2
+    assert "segment.norm=group" in done.stderr
 
 
 def records(run: Path) -> list[dict]:
@@ -101,19 +153,26 @@ def records(run: Path) -> list[dict]:
 
 
 def test_other_ranks_and_micro_batches_train_the_same(tiny_segment: Callable[..., list[str]], tmp_path: Path) -> None:
-    """Group norm does not see how a batch is cut; batch-norm sees as many images on 2 ranks x 4 as on 1 x 8."""
+    """Group norm and Mask2Former do not see how a batch is cut; batch-norm sees as many images on 2 ranks x 4 as on 1 x
+    8."""
     found = {}
-    for kind, ranks, micro in (("group", 1, 8), ("group", 2, 2), ("batch", 1, 8), ("batch", 2, 4)):
+    heads = {
+        "group": ("segment.norm=group",),
+        "batch": ("segment.norm=batch",),
+        "mask2former": (*MASK2FORMER, "optim.lr=1e-4"),
+    }
+    cuts = (("group", 1, 8), ("group", 2, 2), ("batch", 1, 8), ("batch", 2, 4), ("mask2former", 1, 8))
+    for kind, ranks, micro in (*cuts, ("mask2former", 2, 1)):
         run = tmp_path / f"{kind}-{ranks}"
-        more = (*SCHEDULE, f"segment.norm={kind}", f"memory.micro_batch={micro}")
+        more = (*SCHEDULE, *heads[kind], f"memory.micro_batch={micro}")
         done = run_cli(*tiny_segment(run, *more), ranks=ranks)
         assert done.returncode == 0, done.stderr
         found[kind, ranks] = losses(run)
         assert samples(run, ranks) == samples(tmp_path / f"{kind}-1", 1)
-    for kind in ("group", "batch"):
+    for kind in heads:
         for step, (loss, _, lr) in found[kind, 1].items():
             other = found[kind, 2][step]
-            assert (other[0], other[2]) == (pytest.approx(loss, rel=1e-3), lr)
+            assert (other[0], other[2]) == (pytest.approx(loss, rel=1e-4 if kind == "mask2former" else 1e-3), lr)
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +283,12 @@ def test_a_segmentation_starts_from_any_backbone(trained: Path) -> None:
         (["segment.classes=2"], ["whole segmenter of as many classes as segment.classes"]),
         (["data.heldout_shards=null"], ["data.heldout_shards is not set"]),
         (["segment.inference=whole"], ["relative position table is for 8x8"]),
+        (["segment.stride=65"], ["segment.stride is 65, more than data.image_size 64"]),
+        (["segment.norm=batch", "data.heldout_shards=FOLDER"], [".seg.png is needed beside each", "shards make"]),
     ],
 )
-def test_mistakes_are_named(trained: Path, changes: list[str], expected: list[str]) -> None:
+def test_mistakes_are_named(trained: Path, ade: Path, changes: list[str], expected: list[str]) -> None:
+    changes = [change.replace("FOLDER", str(ade / "ADEChallengeData2016/images")) for change in changes]
     with pytest.raises(UserError) as caught:
         measure(*find(str(trained), None, None, changes))
     for part in expected:
@@ -239,3 +301,46 @@ def test_recipes_of_the_other_kind_are_named(tmp_path: Path, capsys: pytest.Capt
     assert "segment.classes is 150" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"classify\.classes and segment\.classes are set"):
         config.load("demo_finetune", ["segment.classes=3"])
+
+
+def test_mask2former_learns_and_is_evaluated(ade: Path, tmp_path: Path) -> None:
+    """On two ranks as on one to the last bit, from several views, and from its export."""
+    run = tmp_path / "run"
+    vit = "patch_size: 8, embed_dim: 48, depth: 4, num_heads: 2, drop_path_rate: 0, position: per_block"
+    sizes = ("segment.channels=64", "segment.queries=10", "segment.encoder_layers=2", "segment.points=512")
+    settings = (
+        *(*SEGMENT, "student.model=vit", f"student.args={{{vit}, final_norm: false, layer_scale: 0}}"),
+        *(*MASK2FORMER, *sizes, "optim.lr=1e-3", "optim.clip_grad=0.1", "memory.micro_batch=8"),
+        *("schedule.steps=120", "schedule.warmup_steps=10", "log.every=40", "log.heldout_every=1000"),
+        *(f"data.shards={ade / 'train'}", f"data.heldout_shards={ade / 'heldout'}"),
+    )
+    done = run_cli("finetune", "demo_finetune", "--run", run, *sets(*settings))
+    assert done.returncode == 0, done.stderr
+    assert "vit + Mask2Former -> 3 classes" in done.stderr
+    rows = records(run)
+    assert {"loss_class", "loss_mask", "loss_dice"} <= rows[-1].keys()
+    assert rows[-1]["heldout_miou"] > 0.8
+    found = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.json"
+        more = ("memory.micro_batch=3", "segment.scales=[1.0, 1.25]", "segment.mirror=true")
+        done = run_cli("evaluate", run, "--out", out, *sets(*more, f"data.heldout_shards={ade / 'wide'}"), ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        found.append(json.loads(out.read_text()))
+    assert found[0] == found[1]
+    assert found[0]["miou"] > 0.6  # of photographs with red and brown
+    file = tmp_path / "weights.safetensors"
+    assert cli.main(["export", str(run), str(file)]) == 0
+    settled, checkpoint = find(str(run), None, None, [])
+    assert measure(settled, str(file))["confusion"] == measure(settled, checkpoint)["confusion"]
+    with pytest.raises(UserError, match=r"whole segmenter of as many classes as segment\.classes"):
+        measure(*find(str(run), None, None, ["segment.head=upernet"]))
+
+
+def test_without_its_parts_mask2former_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fdscale.tasks.mask2former", None)
+    settings = config.load("demo_finetune", [*SEGMENT, *MASK2FORMER, "schedule.steps=1"])
+    with pytest.raises(UserError, match=r"pip install 'fdscale\[mask2former\]'"):
+        build_segmenter(settings, backbone(settings))
+    with pytest.raises(UserError, match=r"segment\.channels is 48; Mask2Former needs a multiple of 32"):
+        config.load("demo_finetune", [*SEGMENT, *MASK2FORMER, "schedule.steps=1", "segment.channels=48"])

@@ -103,16 +103,19 @@ def decode(data: bytes, most_pixels: int = MOST_PIXELS) -> Image.Image:
 
 
 def decode_numbers(data: bytes, most_pixels: int = MOST_PIXELS) -> np.ndarray:
-    """The numbers (H, W) uint8 that the pixels of a PNG hold: grey values, or indices of its palette.
+    """The numbers (H, W) uint8 that the pixels of a PNG hold, of up to 8 bits: grey, or indices of its palette.
 
     Raises Lost for what `decode` refuses, and for a PNG of another kind.
     """
     with _failures_are_lost(data):
         image = Image.open(io.BytesIO(data), formats=("PNG",))
         _check_size(image.width, image.height, most_pixels)
-        if image.mode not in ("L", "P"):
-            raise Lost(f"the PNG is of mode {image.mode}, expected numbers of 8 bits: grey, or a palette's")
-        return np.array(image)
+        if image.mode not in ("1", "L", "P"):
+            raise Lost(f"the PNG is of mode {image.mode}, expected numbers of up to 8 bits: grey, or a palette's")
+        numbers = np.array(image).astype(np.uint8)
+        bits, colour = data[24], data[25]  # of the header, which is a PNG's first chunk
+        # Pillow spreads grey of 2 and 4 bits from 0 to 255, where it would mean other classes.
+        return numbers // (255 // (2**bits - 1)) if image.mode == "L" and colour == 0 else numbers
 
 
 def _opened(data: bytes, most_pixels: int) -> Image.Image:

@@ -77,11 +77,15 @@ class Folders:
         return f"{self.names[shard]}/{os.path.splitext(self._files[shard][row])[0]}"
 
     def read(self, shard: int, row: int, extensions: tuple[str, ...] = IMAGE_EXTENSIONS) -> bytes:
-        """The bytes of an image, or the number of its class. Raises Lost where it cannot be read."""
+        """The bytes of an image, or the number of its class. Raises Lost where it cannot be read, and UserError for
+        what stands beside images in shards alone."""
         if LABEL in extensions:
             return str(shard).encode()
         if extensions != IMAGE_EXTENSIONS:
-            raise Lost(f"is a file in a folder, without .{extensions[0]}")
+            raise UserError(
+                f"{self.root}: is a folder of images of classes, and .{extensions[0]} is needed beside each: pack the "
+                "set with `fdscale shards make`, and name the shards"
+            )
         try:
             with open(os.path.join(self.path(shard), self._files[shard][row]), "rb") as file:
                 return file.read()

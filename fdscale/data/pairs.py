@@ -1,7 +1,7 @@
 """Images and masks to pack together: the layout of ADEChallengeData2016.
 
     images/training/NAME.jpg ...         and, with --split validation, images/validation/; or images alone
-    annotations/training/NAME.png ...    the classes of its pixels, numbers of 8 bits
+    annotations/training/NAME.png ...    the classes of its pixels, numbers of up to 8 bits
     objectInfo150.txt                    names of the classes 1 to 150, by tabs; others have none, and no bound
 
 A mask goes into the shard as it is, as the member .seg.png of its image.

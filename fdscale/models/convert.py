@@ -45,7 +45,9 @@ from fdscale.models.weights_io import read, save, unwrap_names
 __all__ = ["SOURCES", "export", "load", "read", "save"]
 
 BUFFERS = r"(.+\.)?(relative_coords_table|relative_position_index|attn_mask)"
-HEAD = r"(head|neck|decode_head|auxiliary_head|fpn|rpn|regions|block)\..+"  # of whatever the backbone was trained for
+HEAD = (  # of whatever the backbone was trained for
+    r"(head|neck|decode_head|auxiliary_head|pixel_decoder|transformer_module|class_predictor|fpn|rpn|regions|block)\..+"
+)
 DECODER, TEACHER = r"decoder\..+", r"feature_model\..+"
 
 MAY_BE_LEFT_OVER: dict[str, tuple[str, ...]] = {  # source -> patterns of names (whole names)

@@ -27,7 +27,8 @@ class Inference:
     """How an image is looked at; meaning of the fields: `keys.Segment`.
 
     crop: S. batch: crops at a time. rounds: of the calls of the network for an image, what all ranks make at least (a
-    collective); without it they may differ, which ZeRO 3 does not bear.
+    collective); without it they may differ, which ZeRO 3 does not bear. logits: scores become probabilities by a
+    softmax, else they are such.
     """
 
     crop: int
@@ -39,6 +40,7 @@ class Inference:
     interpolation: str
     batch: int
     rounds: Callable[[int], int] | None = None
+    logits: bool = True
 
     def __call__(self, network: Network, image: Tensor, size: Sequence[int]) -> Tensor:
         """The classes (H, W) int64 of an image (3, H, W), float32 and normalised; size: (H, W)."""
@@ -51,7 +53,7 @@ class Inference:
         scores = [self._scores(network, view) for view in views]
         if self.mirror:
             scores = [one.flip(2) if place % 2 else one for place, one in enumerate(scores)]
-        return likeliest(scores, size)
+        return likeliest(scores, size, self.logits)
 
     def _view(self, image: Tensor, scale: float) -> Tensor:
         size = fitted((image.shape[1], image.shape[2]), self.bounds, scale)
@@ -94,9 +96,9 @@ def windows(size: tuple[int, int], crop: int, stride: int) -> list[tuple[int, in
     return [(top, left) for top in starts(size[0]) for left in starts(size[1])]
 
 
-def likeliest(scores: Sequence[Tensor], size: Sequence[int]) -> Tensor:
+def likeliest(scores: Sequence[Tensor], size: Sequence[int], logits: bool = True) -> Tensor:
     """The classes (H, W) int64 that several views (K, h, w) of an image agree on: by their mean probability at its
-    size, or by the scores themselves of a single one.
+    size, or by the scores themselves of a single one. logits: see `Inference`.
 
     Some classes at a time, since all of them at the size of a large image do not fit. Of equal ones the first wins.
     """
@@ -104,7 +106,7 @@ def likeliest(scores: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     at_once = max(1, MOST_AT_ONCE // (height * width))
     parts = [one.split(at_once) for one in scores]
     norms: list[Tensor] = []
-    if len(scores) > 1:
+    if len(scores) > 1 and logits:
         for some in parts:
             each = [resized(part[None], size)[0].logsumexp(0) for part in some]
             norms.append(torch.stack(each).logsumexp(0))
@@ -113,7 +115,9 @@ def likeliest(scores: Sequence[Tensor], size: Sequence[int]) -> Tensor:
     for group in zip(*parts, strict=True):
         wide = [resized(part[None], size)[0] for part in group]
         if norms:
-            wide = [torch.stack([(one - norm).exp() for one, norm in zip(wide, norms, strict=True)]).sum(0)]
+            wide = [(one - norm).exp() for one, norm in zip(wide, norms, strict=True)]
+        if len(wide) > 1:
+            wide = [torch.stack(wide).sum(0)]
         value, which = wide[0].max(0)
         better = value > best
         best, classes = torch.where(better, value, best), torch.where(better, which + first, classes)

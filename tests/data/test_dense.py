@@ -5,6 +5,8 @@ from __future__ import annotations
 import colorsys
 import io
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 
 from fdscale import UserError
 from fdscale.data import dense
+from fdscale.data.decode import decode_numbers
 from fdscale.data.dense import IGNORED, OUTSIDE, classes_of, fitted, scene, train_scene, uniform
 from fdscale.data.index import open_index
 from fdscale.data.indexing import index
@@ -136,7 +139,7 @@ def test_what_does_not_fit_is_lost() -> None:
     how = {"classes": 5, "reduce_zero_label": False}
     for bad, says in (
         (png(np.zeros((60, 79), np.uint8)), "its mask has 79 x 60 pixels, the image 80 x 60"),
-        (png(np.zeros((60, 80, 3), np.uint8)), "mode RGB, expected numbers of 8 bits"),
+        (png(np.zeros((60, 80, 3), np.uint8)), "mode RGB, expected numbers of up to 8 bits"),
         (png(np.zeros((60, 80), np.uint16)), "mode I;16"),
         (mask[: len(mask) // 2], "cannot be decoded"),
         (b"no mask", "no JPEG, PNG"),
@@ -156,6 +159,40 @@ def test_palettes_are_their_indices() -> None:
     indexed.save(buffer, "PNG")
     how = {"classes": 5, "reduce_zero_label": False}
     assert torch.equal(scene(image, buffer.getvalue(), **how)[1], scene(image, mask, **how)[1])
+
+
+def packed_png(numbers: np.ndarray, bits: int, colour: int) -> bytes:
+    """A PNG of few bits, grey (colour 0) or with a palette (3), by the standard's rules."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    each = (numbers[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = np.packbits(each.reshape(len(numbers), -1), axis=1)
+    head = struct.pack(">IIBBBBB", numbers.shape[1], len(numbers), bits, colour, 0, 0, 0)
+    palette = chunk(b"PLTE", bytes(3 * 2**bits)) if colour == 3 else b""
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + palette + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("colour", [0, 3])
+def test_numbers_of_few_bits_are_not_spread(bits: int, colour: int) -> None:
+    """Grey of 2 and 4 bits is shown as 0 to 255, but its classes are what is in the file."""
+    numbers = np.random.default_rng(bits).integers(0, min(2**bits, 80), (5, 13)).astype(np.uint8)
+    found = decode_numbers(packed_png(numbers, bits, colour))
+    assert found.dtype == np.uint8
+    assert np.array_equal(found, numbers)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 900), (900, 1), (2, 3)])
+def test_the_smallest_and_thinnest_images_are_seen(shape: tuple[int, int]) -> None:
+    image, mask = png(np.full((*shape, 3), 99, np.uint8)), png(np.full(shape, 3, np.uint8))
+    for number in range(8):
+        pixels, known = train_scene(image, mask, number=number, **{**USUAL, "distort": number % 2 == 1})
+        assert pixels.shape == (3, 48, 48)
+        assert set(known.unique().tolist()) <= {3, OUTSIDE}
+        assert (known == 3).any()
 
 
 def test_colours_are_those_of_colorsys() -> None:

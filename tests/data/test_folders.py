@@ -62,7 +62,7 @@ def test_it_is_what_make_packs(classes: Path, tmp_path: Path) -> None:
         Folders(str(classes))
     with pytest.raises(Lost, match="cannot be read"):
         index.read(0, 0)
-    with pytest.raises(Lost, match=r"without \.seg\.png"):
+    with pytest.raises(UserError, match=r"\.seg\.png is needed beside each: pack the set with `fdscale shards make`"):
         index.read(0, 1, ("seg.png",))
 
 

@@ -137,6 +137,14 @@ def test_several_views_average_probabilities() -> None:
     assert torch.equal(found[clear], total.argmax(0)[clear])
 
 
+def test_shares_are_averaged_as_they_are() -> None:
+    """Mask2Former's are no scores of a softmax."""
+    views = [torch.rand(CLASSES, 5, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    wanted = sum(F.interpolate(view[None], (20, 21), mode="bilinear")[0] for view in views)
+    assert torch.equal(likeliest(views, (20, 21), logits=False), wanted.argmax(0))
+    assert not torch.equal(likeliest(views, (20, 21)), wanted.argmax(0))
+
+
 def test_an_image_smaller_than_a_crop_is_padded() -> None:
     """With the mean colour; its classes are those of its own part."""
     image = torch.randn(3, 10, 40, generator=torch.Generator().manual_seed(6))
@@ -168,3 +176,15 @@ def test_ranks_call_the_network_equally_often() -> None:
     found = look(rounds=lambda mine: told.append(mine) or mine + 3)(noted, image, (30, 50))
     assert len(calls) == told[0] + 3
     assert torch.equal(found, look()(network, image, (30, 50)))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (700, 2)])
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_smallest_and_thinnest_images_have_classes(size: tuple[int, int], whole: bool) -> None:
+    """And an image's mirror has the mirrored classes, though both are padded on the same side."""
+    image = torch.randn(3, *size, generator=torch.Generator().manual_seed(8))
+    for more in ({}, {"mirror": True, "scales": (0.5, 1.0)}):
+        assert look(whole=whole, **more)(network, image, size).shape == size
+    turned = torch.randn(3, 10, 40, generator=torch.Generator().manual_seed(9))
+    both = look(bounds=(40, 10), mirror=True, whole=whole)
+    assert torch.equal(both(network, turned.flip(2), (10, 40)).flip(1), both(network, turned, (10, 40)))
