@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from fdscale import dist
 from fdscale.models.layers import LayerNorm, trunc_normal
+from fdscale.tasks.tuned import Tuned
 
 NORM_EPS = 1e-6  # of a fresh norm, which only a ViT gets: BEiT's
 HEAD_BOUND = 0.02  # BEiT cuts the head's normal distribution at one standard deviation, as all its weights
 
 
-class Classifier(nn.Module):
+class Classifier(Tuned):
     """Mean over the tokens of the grid, a fresh norm where the backbone has no final one, and a linear head.
 
     So does the official code (models/vision_transformer.py with USE_MEAN_POOLING, and Swin's). Called with targets, it
@@ -27,8 +28,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, backbone: Any, classes: int, head_scale: float = 1e-3) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         bare = isinstance(backbone.norm, nn.Identity)
         self.fc_norm = LayerNorm(backbone.width, eps=NORM_EPS) if bare else nn.Identity()
         self.head = nn.Linear(backbone.width, classes)
@@ -55,16 +55,6 @@ class Classifier(nn.Module):
         else:
             trunc_normal(tensor, generator, bound=HEAD_BOUND)
             tensor.mul_(self.head_scale)
-
-    def depth_of(self, name: str) -> int:
-        """Layer-decay id of a parameter; norm and head belong to the output."""
-        part, _, rest = name.partition(".")
-        return self.backbone.depth_of(rest) if part == "backbone" else sum(self.backbone.depths) + 1
-
-    def no_decay(self) -> set[str]:
-        """Parameters without weight decay: the backbone's, the norm, the head's bias."""
-        own = {name for name, _ in self.named_parameters() if not name.startswith("backbone.")} - {"head.weight"}
-        return own | {f"backbone.{name}" for name in self.backbone.no_decay()}
 
 
 def soft_cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:

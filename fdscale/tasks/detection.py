@@ -19,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from fdscale.models.vit import Block
 from fdscale.tasks.proposals import RATIOS, Objects, Proposals
 from fdscale.tasks.regions import Regions, group_norm
+from fdscale.tasks.tuned import Tuned
 from fdscale.tasks.upernet import Norms, Rescale
 
 SMALLEST = 1e-2  # side of a box that is kept, pixels (torchvision's)
@@ -44,7 +45,7 @@ class Thinning(NamedTuple):
     most: int = 100
 
 
-class Detector(nn.Module):
+class Detector(Tuned):
     """Backbone, neck, feature pyramid, proposals and heads; what the arguments mean: `keys.Detect`.
 
     losses: each part's last loss by name, weighted and without gradient. Called with objects, it gives their sum.
@@ -65,8 +66,7 @@ class Detector(nn.Module):
         thinning: Thinning | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         widths, strides = zip(*backbone.levels(), strict=True)
         self.block = None
         if global_block:
@@ -190,16 +190,6 @@ class Detector(nn.Module):
             nn.init.kaiming_uniform_(tensor, a=1, generator=generator)
         else:
             nn.init.kaiming_normal_(tensor, mode="fan_out", nonlinearity="relu", generator=generator)
-
-    def depth_of(self, name: str) -> int:
-        """Layer-decay id of a parameter; all that is behind the backbone belongs to the output."""
-        part, _, rest = name.partition(".")
-        return self.backbone.depth_of(rest) if part == "backbone" else sum(self.backbone.depths) + 1
-
-    def no_decay(self) -> set[str]:
-        """Parameters without weight decay: the backbone's, norms and biases."""
-        own = {name for name, value in self.named_parameters() if not name.startswith("backbone.") and value.ndim == 1}
-        return own | {f"backbone.{name}" for name in self.backbone.no_decay()}
 
 
 def thinned(found: Detections, how: Thinning) -> Detections:

@@ -27,6 +27,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 from fdscale.data.dense import IGNORED
 from fdscale.data.order import philox
 from fdscale.tasks import upernet
+from fdscale.tasks.tuned import Tuned
 from fdscale.tasks.upernet import Norms, Rescale, resized
 
 HEADS, LEVELS, POINTS = 8, 3, 4  # of attention; maps that queries look at; places that a cell looks at in each
@@ -34,13 +35,15 @@ WEIGHTS = {"loss_cross_entropy": 2.0, "loss_mask": 5.0, "loss_dice": 5.0}  # the
 SHOWN = {"loss_cross_entropy": "class", "loss_mask": "mask", "loss_dice": "dice"}  # as logs name them
 
 
-class Mask2Former(nn.Module):
+class Mask2Former(Tuned):
     """Backbone, maps of falling size (`neck`), pixel decoder, transformer decoder, and a score of classes.
 
     channels: D. queries: Q. encoder_layers, decoder_layers: of the two decoders. points: pixels on which a mask is
     compared. seed: of what they are drawn from. losses: the last ones by name, over all layers, without weights and
     gradient. Called with masks, it gives the sum of the weighted losses.
     """
+
+    undecayed = ("level_embed", "queries_")  # what stands for levels and queries
 
     def __init__(
         self,
@@ -53,8 +56,7 @@ class Mask2Former(nn.Module):
         points: int = 112 * 112,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         widths, strides = zip(*backbone.levels(), strict=True)
         self.neck = Rescale(widths[0], "group") if len(set(strides)) == 1 else Norms(widths)
         theirs: Any = Mask2FormerConfig
@@ -185,20 +187,6 @@ class Mask2Former(nn.Module):
             nn.init.kaiming_uniform_(tensor, a=1, generator=generator)
         else:
             nn.init.xavier_uniform_(tensor, generator=generator)
-
-    def depth_of(self, name: str) -> int:
-        """Layer-decay id of a parameter; all that is behind the backbone belongs to the output."""
-        part, _, rest = name.partition(".")
-        return self.backbone.depth_of(rest) if part == "backbone" else sum(self.backbone.depths) + 1
-
-    def no_decay(self) -> set[str]:
-        """Parameters without weight decay: the backbone's, norms, biases, and what stands for queries and levels."""
-        own = {
-            name
-            for name, value in self.named_parameters()
-            if not name.startswith("backbone.") and (value.ndim == 1 or "level_embed" in name or "queries_" in name)
-        }
-        return own | {f"backbone.{name}" for name in self.backbone.no_decay()}
 
 
 class Criterion(Mask2FormerLoss):

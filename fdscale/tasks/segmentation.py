@@ -8,15 +8,16 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdscale import dist
 from fdscale.data.dense import IGNORED
 from fdscale.models.layers import keep_masks
+from fdscale.tasks.tuned import Tuned
 from fdscale.tasks.upernet import FCN, Norms, Rescale, UPerNet, init_parameter, resized
 
 
-class Segmenter(nn.Module):
+class Segmenter(Tuned):
     """Backbone, maps of falling size (`neck`), UPerNet, and beside it an auxiliary head on the last map but one.
 
     channels, auxiliary_channels: D of the heads. auxiliary: weight of that head's loss; 0 leaves the head out. dropout:
@@ -36,8 +37,7 @@ class Segmenter(nn.Module):
         norm: str = "batch",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.backbone = backbone
+        super().__init__(backbone)
         widths, strides = zip(*backbone.levels(), strict=True)
         self.neck = Rescale(widths[0], norm) if len(set(strides)) == 1 else Norms(widths)
         levels = self.neck.levels(backbone.levels())
@@ -85,16 +85,6 @@ class Segmenter(nn.Module):
             self.backbone.init_parameter(rest, tensor, generator)
         else:
             init_parameter(name, tensor, generator)
-
-    def depth_of(self, name: str) -> int:
-        """Layer-decay id of a parameter; neck and heads belong to the output."""
-        part, _, rest = name.partition(".")
-        return self.backbone.depth_of(rest) if part == "backbone" else sum(self.backbone.depths) + 1
-
-    def no_decay(self) -> set[str]:
-        """Parameters without weight decay: the backbone's, norms and biases."""
-        own = {name for name, value in self.named_parameters() if not name.startswith("backbone.") and value.ndim == 1}
-        return own | {f"backbone.{name}" for name in self.backbone.no_decay()}
 
 
 def pixel_loss(scores: Tensor, masks: Tensor) -> Tensor:
