@@ -44,7 +44,7 @@ setup(
     packages=find_packages(include=["fdscale", "fdscale.*"]),
     cmdclass={"build_py": Build},
     distclass=Distribution,
-    package_data={"fdscale": ["recipes/*.yaml", "data/*.c", "kernels/cuda/*", "py.typed"]},
+    package_data={"fdscale": ["recipes/*.yaml", "*.css", "data/*.c", "kernels/cuda/*", "py.typed"]},
     install_requires=[
         "torch>=2.9",
         "torchvision>=0.24",

@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
     _cache(verbs)
     _export(verbs)
     _runs(verbs)
+    _report(verbs)
     _recipes(verbs)
     _doctor(verbs)
     _shards(verbs)
@@ -232,6 +233,23 @@ def _runs(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--json", action="store_true", help="machine-readable output")
 
 
+def _report(verbs: argparse._SubParsersAction) -> None:
+    example = (
+        "fdscale report runs/clip-b\n"
+        "  Beside another run, with the pictures of a diagnosis:\n"
+        "  fdscale report runs/clip-b --compare runs/clip-b-100 --pictures diagnosis --out clip-b.html"
+    )
+    text = "write one HTML file about a run, living or ended: curves, time, starts, pictures, settings"
+    sub = verb(verbs, "report", "fdscale.report:main", text, example)
+    sub.add_argument("run", metavar="RUN", help="run directory")
+    sub.add_argument(
+        "--compare", metavar="OTHER", help="another run, whose curves stand beside, with what was set otherwise"
+    )
+    folders = "folder of pictures to take in, besides those of the run; repeatable"
+    sub.add_argument("--pictures", action="append", default=[], metavar="DIR", help=folders)
+    sub.add_argument("--out", metavar="FILE", help="file to write (default: RUN/report.html)")
+
+
 def _recipes(verbs: argparse._SubParsersAction) -> None:
     example = "fdscale recipes clip_vit_base_300"
     sub = verb(verbs, "recipes", "fdscale.catalog:main", "list the recipes, or show one", example)
@@ -242,9 +260,11 @@ def _recipes(verbs: argparse._SubParsersAction) -> None:
 
 def _doctor(verbs: argparse._SubParsersAction) -> None:
     text = "say what this machine can run and what is missing"
-    sub = verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor")
+    sub = verb(verbs, "doctor", "fdscale.doctor:main", text, "fdscale doctor --path /data --path /checkpoints")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
     build = "also compile now what DeepSpeed would at first use, under this ds_config (default: ZeRO 0)"
+    where = "also look at where data or runs lie: room, speed (64 MiB are written, read and removed), clock; repeatable"
+    sub.add_argument("--path", action="append", default=[], metavar="DIR", help=where)
     sub.add_argument("--build", nargs="?", const="", metavar="FILE", help=build)
 
 

@@ -7,7 +7,7 @@ import json as json_module
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import metadata
 
 import torch
@@ -18,6 +18,7 @@ from fdscale import dist
 from fdscale.data import jpeg
 from fdscale.engine.initialize import build_ops, prepare_environment, read_ds_config
 from fdscale.kernels import attention, check
+from fdscale.surroundings import Finding, file_system, surroundings
 
 APEX = (
     "optional: NVIDIA's apex, whose fused LayerNorm and AdamW are used on a GPU where it is installed with its CUDA "
@@ -26,18 +27,9 @@ APEX = (
 )
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One line: `ok`, `missing` (something will not work) or `optional` (everything works without it)."""
-
-    state: str
-    what: str
-    detail: str
-
-
-def main(json: bool, build: str | None) -> int:
+def main(json: bool, build: str | None, path: list[str]) -> int:
     """`fdscale doctor`; exit code 2 when something needed is missing."""
-    findings = examine()
+    findings = [*examine(), *(finding for folder in path for finding in file_system(folder))]
     if build is not None:
         built = build_ops(read_ds_config(build or None))
         findings.append(Finding("ok", "built", ", ".join(built) or "nothing is compiled at first use here"))
@@ -45,7 +37,7 @@ def main(json: bool, build: str | None) -> int:
         print(json_module.dumps([asdict(finding) for finding in findings], indent=1))
     else:
         console = Console(highlight=False)
-        colours = {"ok": "green", "missing": "red", "optional": "yellow"}
+        colours = {"ok": "green", "missing": "red", "warning": "yellow", "optional": "blue"}
         for finding in findings:
             mark = f"[{colours[finding.state]}]{finding.state:<8}[/{colours[finding.state]}]"
             console.print(f"{mark} {finding.what:<16} {escape(finding.detail)}", soft_wrap=True)
@@ -64,6 +56,7 @@ def examine() -> list[Finding]:
         _attention(),
         _fused(),
         *_optional(),
+        *surroundings(),
     ]
 
 

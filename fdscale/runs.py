@@ -21,7 +21,11 @@ DEPTH = 4  # levels of directories below a given one that are looked through
 TAIL_BYTES = 2**18  # of metrics.jsonl
 STARTING = ("import", "init", "build", "load", "data", "first_step")
 STATES = {0: "done", 3: "diverged", 74: "hung", 75: "stopped", 76: "fenced"}
-SHARES = (("heldout_top1", "top-1"), ("heldout_miou", "mIoU"))  # shown where a run has them
+SHARES = (
+    ("heldout_top1", "top-1"),
+    ("heldout_miou", "mIoU"),
+    ("heldout_box_ap", "box AP"),
+)  # shown where a run has them
 COLOURS = {"running": "green", "starting": "green", "done": "cyan", "stopped": "yellow", "paused": "yellow"}
 
 

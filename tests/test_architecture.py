@@ -14,7 +14,8 @@ PACKAGE = ROOT / "fdscale"
 
 APPS = {
     "assemble", "distill", "finetune", "segment", "detect", "evaluate", "probe", "diagnosis", "submit", "export",
-    "cache", "catalog", "doctor", "pack", "demo", "demo_finetune", "claim", "bench", "runs", "plan", "tune",
+    "cache", "catalog", "doctor", "surroundings", "pack", "demo", "demo_finetune", "claim", "bench", "runs", "plan",
+    "tune", "report", "svg",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job", "heldout"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all

@@ -14,6 +14,7 @@ from fdscale import cli, config
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "ds_configs" / "README.md",
     ROOT / "slurm" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
@@ -41,7 +42,7 @@ def commands(text: str) -> list[str]:
         line = line.split("  #")[0].strip()
         match = re.search(
             r"(?:^|\s)(?:fdscale|fdscale\.cli --) "
-            r"((?:distill|finetune|evaluate|plan|submit|cache|export|runs|recipes|doctor|shards|bench)\b.*)",
+            r"((?:distill|finetune|evaluate|probe|diagnose|plan|tune|submit|cache|export|runs|report|recipes|doctor|shards|bench)\b.*)",
             line,
         )
         if match:

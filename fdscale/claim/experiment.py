@@ -1,6 +1,7 @@
 """All runs of the experiment, one after the other, each by the command that a user would give.
 
-Every network is the same ViT. Its starts for fine-tuning: random weights; a supervised teacher, which has learnt from
+Every network is the same ViT, with absolute positions: tables of relative ones start at zero and take more steps to
+learn than there are here. Its starts for fine-tuning: random weights; a supervised teacher, which has learnt from
 the labels that fine-tuning sees; a contrastive one, which has seen all images and no label; the students that each has
 taught on all images; and the contrastive one trained on for as many images as its student has seen, so that a gain can
 be told from that of more training. Each start has its own rate, chosen on images that are in no other part.
@@ -31,9 +32,11 @@ STARTS = {
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: images with labels, epochs, seeds, rates that are tried; width and depth of the ViT."""
+    """How much of everything: images with labels and to test on, epochs, seeds, rates that are tried; the ViT's width
+    and depth."""
 
     labelled: int = 2000
+    tested: int = 4000
     supervised: int = 40
     contrastive: int = 3
     distilled: int = 4
@@ -44,7 +47,7 @@ class Sizes:
     depth: int = 4
 
 
-QUICK = Sizes(200, 2, 1, 1, 1, 2, (3e-3,), 32, 2)
+QUICK = Sizes(200, 300, 2, 1, 1, 1, 2, (3e-3,), 32, 2)
 
 
 class Experiment:
@@ -81,6 +84,7 @@ class Experiment:
     def _prepare(self) -> data.Part:
         """Shards of labelled, chosen-by, all and test images; the images without labels."""
         train, test = data.digits() if self.quick else data.fashion(self.source)
+        test = data.Part(*(part[: self.sizes.tested] for part in test))
         labelled, chosen_by, rest = data.split(train, self.sizes.labelled, seed=0)
         parts = {"labelled": (labelled, True), "chosen-by": (chosen_by, True), "test": (test, True)}
         everything = data.Part(*(_joined(labelled, rest)))
@@ -98,7 +102,7 @@ class Experiment:
     def _weights(self, unlabelled: data.Part) -> dict[str, Path | None]:
         """What every start begins with: a run, or a file; None: nothing."""
         sizes, runs = self.sizes, self.out / "runs"
-        own = {**self.args, "position": "shared"}
+        own = {**self.args, "position": "absolute"}
         teachers = {}
         for name, epochs, start in (
             ("contrastive", sizes.contrastive, None),
@@ -114,22 +118,21 @@ class Experiment:
             command("export", runs / "supervised", teachers["supervised"])
         students = {}
         for name in ("supervised", "contrastive"):
-            args = {**self.args, "position": "per_block" if name == "supervised" else "shared"}
-            self._distil(f"{name}-fd", teachers[name], args)
+            self._distil(f"{name}-fd", teachers[name])
             students[f"{name}-fd"] = runs / f"{name}-fd"
         return {"random": None, **teachers, **students}
 
-    def _distil(self, name: str, teacher: Path, args: dict) -> None:
+    def _distil(self, name: str, teacher: Path) -> None:
         if not self._is_done(name):
             self._train(
                 "distill",
                 "demo",
                 name,
                 "student.model=vit",
-                f"student.args={yaml({**self.args, 'position': 'shared', 'drop_path_rate': 0.05})}",
+                f"student.args={yaml({**self.args, 'position': 'absolute', 'drop_path_rate': 0.05})}",
                 "teacher.source=fdscale:vit",
                 "teacher.feature=last",
-                f"teacher.args={yaml(args)}",
+                f"teacher.args={yaml({**self.args, 'position': 'absolute'})}",
                 f"teacher.weights={teacher}",
                 f"data.shards={self.out / 'shards/all'}",
                 "data.scale=[0.5, 1.0]",
@@ -159,19 +162,21 @@ class Experiment:
                 "demo_finetune",
                 name,
                 "student.model=vit",
-                f"student.args={yaml({**self.args, 'position': 'per_block', 'drop_path_rate': 0.05})}",
+                f"student.args={yaml({**self.args, 'position': 'absolute', 'drop_path_rate': 0.05})}",
                 f"student.weights={'null' if weights is None else weights}",
                 f"student.seed={seed}",
                 f"data.seed={seed}",
                 f"data.shards={self.out / 'shards/labelled'}",
                 f"data.heldout_shards={self.out / 'shards' / part}",
-                "data.scale=[0.6, 1.0]",
+                "data.scale=[0.8, 1.0]",
+                "classify.head_scale=1.0",  # a small head would take most of so few steps to grow
+                "classify.mixup=0.0",
                 f"data.flip={0.0 if self.quick else 0.5}",
                 f"optim.lr={rate:g}",
-                "optim.layer_decay=0.75",
+                f"optim.layer_decay={1.0 if weights is None else 0.75}",  # random layers have all to learn
                 f"schedule.epochs={epochs or self.sizes.finetuned}",
                 f"schedule.warmup_epochs={min(2, (epochs or self.sizes.finetuned) / 4)}",
-                batch=40 if self.quick else 100,
+                batch=40 if self.quick else 50,
             )
         rows = [json.loads(line) for line in (self.out / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         return [row["heldout_top1"] for row in rows if "heldout_top1" in row][-1]

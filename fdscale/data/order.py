@@ -12,8 +12,8 @@ Randomness is the raw output of Philox, keyed by (seed, epoch), sorted: numpy ke
 to version, which it does not promise of its `permutation`. The second word of the counter keeps the uses apart: 0
 views of a sample (augment.py), 1 order of shards, 2 order inside blocks, 3 packing (shards.py, reshard.py), 4
 replacements of lost samples (stream.py), 5 mixtures (mixture.py), 6 a sample for statistics (stats.py), 7 RandAugment
-(randaugment.py), 8 mixup and CutMix, 9 erasing (mixing.py), 10 scenes
-(dense.py), from 20 on what detectors sample (proposals.py), 40 points of masks (mask2former.py).
+(randaugment.py), 8 mixup and CutMix, 9 erasing (mixing.py), 10 scenes (dense.py), 11 objects (objects.py), from 20 on
+what detectors sample (proposals.py), 40 points of masks (mask2former.py).
 
 Letters: N samples in the set, C lanes, M samples in a block, n sample number, k numbers asked for.
 """

@@ -70,7 +70,8 @@ class Detector(nn.Module):
         widths, strides = zip(*backbone.levels(), strict=True)
         self.block = None
         if global_block:
-            self.block = Block(widths[-1], max(1, widths[-1] // 32), 4 * widths[-1], (0, 0), False, True)
+            heads = next(count for count in range(max(1, widths[-1] // 32), 0, -1) if widths[-1] % count == 0)
+            self.block = Block(widths[-1], heads, 4 * widths[-1], (0, 0), False, True)
         self.neck = Rescale(widths[0], "group") if len(set(strides)) == 1 else Norms(widths)
         levels = self.neck.levels(backbone.levels())
         normed = group_norm(norm)
@@ -167,8 +168,9 @@ class Detector(nn.Module):
     def init_parameter(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill one parameter in place, by the rules of the backbone or Detectron2's for what is behind it.
 
-        Biases 0, norms 1; scores of classes normal 0.01, boxes 0.001, of proposals both 0.01; the pyramid and linear
-        layers uniform by what comes in (Xavier's, of Caffe2); other convolutions Kaiming's normal by what comes out.
+        Biases 0, norms 1; scores of classes normal 0.01, boxes and masks 0.001, of proposals 0.01; the pyramid and
+        linear layers uniform by what comes in (Xavier's, of Caffe2); other convolutions Kaiming's normal by what comes
+        out.
         """
         part, _, rest = name.partition(".")
         last = name.split(".")[-2]
@@ -182,7 +184,7 @@ class Detector(nn.Module):
             tensor.fill_(1.0)
         elif part == "rpn" or last == "cls_score":
             nn.init.normal_(tensor, std=0.01, generator=generator)
-        elif last == "bbox_pred":
+        elif last in ("bbox_pred", "mask_fcn_logits"):
             nn.init.normal_(tensor, std=0.001, generator=generator)
         elif part in ("fpn", "neck") or tensor.ndim == 2:
             nn.init.kaiming_uniform_(tensor, a=1, generator=generator)

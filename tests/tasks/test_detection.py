@@ -13,6 +13,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_iou
 
+from fdscale.engine.optim import param_groups
 from fdscale.models.layers import initial_value
 from fdscale.models.swin_v2 import SwinV2
 from fdscale.models.vit import ViT
@@ -232,6 +233,27 @@ def test_a_plain_vit_has_the_same_strides() -> None:
     assert network.head_flops((SIDE, SIDE)) > 0
 
 
+@pytest.mark.parametrize("kind", ["mask_rcnn", "htc"])
+def test_layers_decay_towards_the_input_and_vectors_have_no_weight_decay(kind: str) -> None:
+    """The backbone's layers as they are alone, all behind it at the top rate."""
+    network = detector(kind, stuff=4 if kind == "htc" else 0, global_block=kind == "htc", norm="group")
+    groups = param_groups(network, lr=1.0, weight_decay=0.05, layer_decay=0.5)
+    rates = {name: group["lr"] for group in groups for name in group["names"]}
+    decays = {name: group["weight_decay"] for group in groups for name in group["names"]}
+    alone = {name: group["lr"] for group in param_groups(network.backbone, 1.0, 0.05, 0.5) for name in group["names"]}
+    top = max(network.depth_of(name) for name in rates)
+    assert top == sum(network.backbone.depths) + 1
+    for name, parameter in network.named_parameters():
+        part, _, rest = name.partition(".")
+        if part != "backbone":
+            assert rates[name] == 1.0
+            assert decays[name] == (0.0 if parameter.ndim == 1 else 0.05)
+            continue
+        assert rates[name] == 0.5 ** (top - network.backbone.depth_of(rest))
+        assert (decays[name] == 0) == (rest in network.backbone.no_decay())
+        assert rates[name] <= alone[rest]
+
+
 def test_three_stages_move_boxes_on() -> None:
     """A cascade whose later stages' codes are zero leaves the first stage's boxes, and means their scores."""
     network = sharpened(detector("cascade", masks=False)).eval()
@@ -336,3 +358,23 @@ def test_thinning_keeps_the_surest_of_a_class() -> None:
     apart = [Detections(*(part[some] for part in found[:3]), None) for some in (slice(0, 2), slice(2, 4))]
     assert all(torch.equal(a, b) for a, b in zip(joined(apart, Thinning())[:3], kept[:3], strict=True))
     assert joined(apart[:1], Thinning()) is apart[0]
+
+
+def test_the_plan_sees_what_training_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device every place for a box is taken; where images fill them all, that is what training keeps."""
+    from fdscale.plan.shapes import _measure
+
+    monkeypatch.setattr(regions, "SAMPLED", 60)
+    for kind, more, most in (
+        ("mask_rcnn", {}, 1.03),
+        ("cascade", {"box_loss": "giou"}, 1.5),
+        ("htc", {"stuff": 4}, 1.5),
+    ):
+        batch = scene((3, 2, 2))
+        if not more.get("stuff"):
+            batch.pop("stuff")
+        real = _measure(detector(kind, **more).train(), tuple(batch.values()), [], False)
+        shapes = tuple(batch[name].to("meta") for name in ("images", "sizes"))
+        planned = _measure(detector(kind, **more).to("meta").train(), shapes, [], False)
+        assert 0.97 < planned.kept / real.kept < most
+        assert 0.97 < planned.peak / real.peak < most
