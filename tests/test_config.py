@@ -166,6 +166,28 @@ def test_a_new_shape_of_schedule_leaves_old_runs_as_they_were() -> None:
     assert (poly["schedule.shape"], poly["schedule.power"]) == ("poly", 0.9)
 
 
+def test_runs_with_upernet_know_nothing_of_another_head() -> None:
+    upernet, other = (config.trajectory(config.load(f"{head}_swinv2_base")) for head in ("upernet", "mask2former"))
+    new = {f"segment.{key}" for key in ("head", "queries", "encoder_layers", "decoder_layers", "points")}
+    assert not new & upernet.keys()
+    assert new <= other.keys()
+    assert other["segment.queries"] == 100
+
+
+def test_crops_leave_no_gap() -> None:
+    words = [
+        "segment.classes=3",
+        "classify.classes=null",
+        "data.image_size=64",
+        "schedule.steps=1",
+        "schedule.epochs=null",
+    ]
+    assert config.load("upernet_vit_base", [*words, "segment.stride=64"]).segment.stride == 64
+    config.load("upernet_vit_base", [*words, "segment.stride=65", "segment.inference=whole"])
+    with pytest.raises(UserError, match=r"segment\.stride is 65, more than data\.image_size 64"):
+        config.load("upernet_vit_base", [*words, "segment.stride=65"])
+
+
 def test_a_task_is_fixed_by_its_own_sections() -> None:
     """Segmentation by segment, not by classify; keys of evaluation alone do not count."""
     segments = config.load("upernet_vit_base")
