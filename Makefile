@@ -23,7 +23,7 @@ demo: $(STAMP) ## distil a real teacher on real photographs, on this machine
 demo-finetune: $(STAMP) ## after it: the student as a classifier of digits, on this machine
 	$(BIN)/python -m fdscale.demo_finetune
 
-claim: $(STAMP) ## does a student fine-tune better than its teacher? Fashion-MNIST, several seeds, within an hour
+claim: $(STAMP) ## does a student fine-tune better than its teacher? Fashion-MNIST, several seeds, on a CPU
 	$(BIN)/python -m fdscale.claim
 
 all: $(STAMP) ## everything that this machine can run: what CI runs
