@@ -551,7 +551,7 @@ def test_a_tiny_variant_takes_two_real_steps(name: str, shards: Path, tmp_path: 
         student=change(settings.student, args={**settings.student.args, **small["student"]}),
         teacher=settings.teacher if settings.teachers else shrunk(settings.teacher),
         teachers={name: shrunk(teacher) for name, teacher in settings.teachers.items()},
-        data=change(settings.data, shards=str(shards), image_size=small["image_size"], workers=0),
+        data=change(settings.data, shards=(str(shards),), image_size=small["image_size"], workers=0),
         optim=change(settings.optim, batch_size=4),
         schedule=change(settings.schedule, steps=2, epochs=None, warmup_steps=1, warmup_epochs=None),
         memory=change(settings.memory, micro_batch=2),

@@ -19,10 +19,11 @@ corners in pixels, and masks, where a set has any, are run lengths as COCO compr
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
 
 from fdscale import UserError
 from fdscale.data.decode import Picture
@@ -31,23 +32,20 @@ from fdscale.data.lost import Lost
 
 FOLDER, STUFF = "annotations", "stuffthingmaps"
 FILES = ("instances_{}.json", "zhiyuan_objv2_{}.json")
+MOST = 2**31  # no number of an annotation is as large
 
 
 def splits_of(source: str) -> dict[str, str]:
     """The file with the objects of each split of a folder; empty where it has no such layout."""
+    splits = sorted(entry.name for entry in os.scandir(source) if entry.is_dir() and not entry.name.startswith("."))
     found: dict[str, str] = {}
-    for pattern in FILES:
-        begin, end = pattern.split("{}")
-        for folder in (os.path.join(source, FOLDER), *_folders(source)):
-            for name in sorted(os.listdir(folder)) if os.path.isdir(folder) else ():
-                split = name[len(begin) : -len(end)]
-                if name == pattern.format(split) and os.path.isdir(os.path.join(source, split)):
-                    found.setdefault(split, os.path.join(folder, name))
+    for pattern in FILES:  # asked for by name: a folder of images may hold more than one wants to list
+        for split in splits:
+            for folder in (FOLDER, split):
+                path = os.path.join(source, folder, pattern.format(split))
+                if os.path.isfile(path):
+                    found.setdefault(split, path)
     return found
-
-
-def _folders(source: str) -> list[str]:
-    return sorted(entry.path for entry in os.scandir(source) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def list_objects(source: str, split: str | None, listing: Listing) -> None:
@@ -64,13 +62,13 @@ def list_objects(source: str, split: str | None, listing: Listing) -> None:
     of_image: dict[Any, list[dict[str, Any]]] = {one["id"]: [] for one in images}
     masks = any(_has_mask(one) for one in annotations)
     for one in annotations:
-        if one.get("image_id") not in of_image:
+        if not _is_id(one.get("image_id")) or one["image_id"] not in of_image:
             raise UserError(
                 f"{path}: annotation {one.get('id')} is of image {one.get('image_id')}, which is not listed"
             )
         of_image[one["image_id"]].append(one)
     for image in images:
-        name = str(image["file_name"])
+        name = image["file_name"]
         known = {
             "image_id": image["id"],
             "width": image.get("width"),
@@ -100,14 +98,44 @@ def _read(path: str) -> tuple[list[dict], list[dict], list[dict]]:
     try:
         with open(path, encoding="utf-8") as file:
             tree = json.load(file)
-        images, annotations, categories = (tree[name] for name in ("images", "annotations", "categories"))
+        images, annotations, categories = (_rows(tree, name) for name in ("images", "annotations", "categories"))
+        _tell_apart("images", images)
+        _tell_apart("categories", categories)
         for one in images:
-            one["id"], one["file_name"]
+            if not isinstance(one.get("file_name"), str):
+                raise ValueError(f"image {one['id']} has the file_name {one.get('file_name')!r}, expected text")
+            for side in ("width", "height"):
+                if not isinstance(one.get(side), int | None) or isinstance(one.get(side), bool):
+                    raise ValueError(f"image {one['id']} has the {side} {one[side]!r}, expected a number of pixels")
         return images, annotations, sorted(categories, key=lambda one: one["id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path}: expected COCO's JSON with images, annotations and categories ({type(error).__name__}: {error})"
         ) from None
+
+
+def _rows(tree: Any, name: str) -> list[dict[str, Any]]:
+    if not isinstance(tree, dict) or not isinstance(tree[name], list):
+        raise ValueError(f"{name} is no list" if isinstance(tree, dict) else "it is no mapping")
+    for place, one in enumerate(tree[name]):
+        if not isinstance(one, dict):
+            raise ValueError(f"{name}[{place}] is {str(one)[:80]}, expected a mapping")
+    return tree[name]
+
+
+def _tell_apart(name: str, rows: list[dict[str, Any]]) -> None:
+    """Raises ValueError where an id is missing or comes twice."""
+    seen = set()
+    for place, one in enumerate(rows):
+        if not _is_id(one.get("id")):
+            raise ValueError(f"{name}[{place}] has the id {one.get('id')!r}, expected a whole number or text")
+        if one["id"] in seen:
+            raise ValueError(f"{name} has the id {one['id']!r} twice")
+        seen.add(one["id"])
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
 def _has_mask(annotation: dict[str, Any]) -> bool:
@@ -116,13 +144,14 @@ def _has_mask(annotation: dict[str, Any]) -> bool:
 
 def _object(annotation: dict[str, Any], number_of: dict[Any, int]) -> dict[str, Any]:
     """What of an annotation is packed, not looked at yet."""
+    category = annotation.get("category_id")
     return {
         "id": annotation.get("id"),
-        "category": annotation.get("category_id"),
-        "class": number_of.get(annotation.get("category_id")),
+        "category": category,
+        "class": number_of.get(category) if _is_id(category) else None,
         "bbox": annotation.get("bbox"),
         "area": annotation.get("area"),
-        "crowd": bool(annotation.get("iscrowd", annotation.get("isfake", 0))),
+        "crowd": annotation.get("iscrowd", annotation.get("isfake", 0)),
         "segmentation": annotation.get("segmentation"),
     }
 
@@ -164,16 +193,22 @@ def _checked(one: dict[str, Any], height: int, width: int, masks: bool) -> dict[
     corners = [max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))]
     if corners[2] <= corners[0] or corners[3] <= corners[1]:
         raise ValueError("its box is outside of the image")
-    found = {"class": one["class"], "box": [round(value, 3) for value in corners], "crowd": one["crowd"]}
+    corners = [round(value, 3) for value in corners]
+    if not (np.diff(np.array(corners, np.float32).reshape(2, 2), axis=0) > 0).all():  # as they are read again
+        raise ValueError("of its box is nothing inside of the image")
+    if one["crowd"] not in (0, 1):
+        raise ValueError(f"its iscrowd is {one['crowd']!r}, expected 0 or 1")
+    found = {"class": one["class"], "box": corners, "crowd": bool(one["crowd"])}
     area = w * h
     if masks:
         found["mask"], area = _runs(one["segmentation"], height, width)
-    found["area"] = float(one["area"]) if _is_number(one["area"]) else area
+    found["area"] = float(one["area"]) if _is_number(one["area"]) and one["area"] >= 0 else area
     return found
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number that a picture may have."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < MOST
 
 
 def _runs(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any], float]:
@@ -187,26 +222,38 @@ def _runs(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any], f
         if isinstance(counts, list):
             if not all(isinstance(run, int) and run >= 0 for run in counts) or sum(counts) != height * width:
                 raise ValueError("its mask has run lengths that do not sum up to the image")
-            found = runs.frPyObjects(segmentation, height, width)
+            found = runs.frPyObjects({"size": [height, width], "counts": counts}, height, width)
         elif isinstance(counts, str):
-            found = {"size": size, "counts": counts.encode()}
+            found = {"size": [height, width], "counts": counts.encode()}
             if sum(lengths(counts)) != height * width:
                 raise ValueError("its mask has run lengths that do not sum up to the image")
         else:
             raise ValueError("its mask has no run lengths")
     else:
-        polygons = [line for line in segmentation or () if _is_polygon(line)]
-        if not polygons:
-            raise ValueError("it has no mask" if not segmentation else "its mask has no polygon of three points")
-        found = runs.merge(runs.frPyObjects(polygons, height, width))
+        found = runs.merge(runs.frPyObjects(_polygons(segmentation, height, width), height, width))
     pixels = float(runs.area(found))
     if pixels == 0:
         raise ValueError("its mask is empty")
     return {"size": [height, width], "counts": found["counts"].decode()}, pixels
 
 
-def _is_polygon(line: Any) -> bool:
-    return isinstance(line, list) and len(line) >= 6 and len(line) % 2 == 0 and all(_is_number(value) for value in line)
+def _polygons(segmentation: Any, height: int, width: int) -> list[list[float]]:
+    """Those of three points and more; two enclose nothing. Raises ValueError where there are none, or strange ones."""
+    if not segmentation:
+        raise ValueError("it has no mask")
+    if not isinstance(segmentation, list):
+        raise ValueError(f"its mask is {str(segmentation)[:80]}, expected polygons or run lengths")
+    for line in segmentation:
+        if not isinstance(line, list) or len(line) % 2 or not all(_is_number(value) for value in line):
+            raise ValueError(f"its mask has the polygon {str(line)[:80]}, expected [x, y, x, y, x, y, ...]")
+        for values, side in ((line[::2], width), (line[1::2], height)):
+            # pycocotools follows edges point by point, without a look at memory or at what an int can hold
+            if values and not -side <= min(values) <= max(values) <= 2 * side:
+                raise ValueError(f"its mask has a polygon far outside of the image, at {min(values)} to {max(values)}")
+    polygons = [line for line in segmentation if len(line) >= 6]
+    if not polygons:
+        raise ValueError("its mask has no polygon of three points")
+    return polygons
 
 
 def lengths(counts: str) -> list[int]:

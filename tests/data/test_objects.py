@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import coco
@@ -17,7 +18,7 @@ from pycocotools import mask as runs
 
 from fdscale import UserError, cli
 from fdscale.data import objects
-from fdscale.data.coco import lengths, packed
+from fdscale.data.coco import _runs, lengths, packed
 from fdscale.data.lost import Lost
 from fdscale.data.order import Order
 from fdscale.data.shards import make
@@ -267,7 +268,18 @@ def test_bad_annotations_are_named_and_counted(official: Path, tmp_path: Path, c
         ({"segmentation": {"size": size, "counts": [size[0] * size[1]]}}, "its mask is empty"),
         ({"segmentation": {"size": size, "counts": [5]}}, "its mask has run lengths that do not sum up to the image"),
         ({"segmentation": {"size": [1, 1], "counts": [1]}}, f"its mask is of [1, 1], expected {size}"),
-    ]
+        ({"segmentation": [[1, 2, 1e9, 4, 5, 6]]},
+         "its mask has a polygon far outside of the image, at 1 to 1000000000.0"),
+        ({"segmentation": [[1, 2, 3, -1e5, 5, 6]]},
+         "its mask has a polygon far outside of the image, at -100000.0 to 6"),
+        ({"segmentation": [[1, 2, 3, "4", 5, 6]]},
+         "its mask has the polygon [1, 2, 3, '4', 5, 6], expected [x, y, x, y, x, y, ...]"),
+        ({"segmentation": 5}, "its mask is 5, expected polygons or run lengths"),
+        ({"category_id": [1]}, "category [1] is none of the categories"),
+        ({"bbox": [5, 5, 1e-5, 5]}, "of its box is nothing inside of the image"),
+        ({"bbox": [5, 5, 10**400, 5]}, f"its box is [5, 5, {10**400}, 5], expected [x, y, width, height]"),
+        ({"iscrowd": "no"}, "its iscrowd is 'no', expected 0 or 1"),
+    ]  # fmt: skip
     for number, (change, _) in enumerate(wrong):
         tree["annotations"].append({**usual, "id": 9000 + number, **change})
     path.write_text(json.dumps(tree))
@@ -302,3 +314,42 @@ def test_unusable_samples_and_files_are_named(official: Path, tmp_path: Path) ->
     (official / "train2017" / tree["images"][0]["file_name"]).unlink()
     with pytest.raises(UserError, match=r"1 files cannot be packed.*\n.*000000000100.jpg"):
         make(official, tmp_path / "out", split="train2017")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda tree: [tree], "it is no mapping"),
+        (lambda tree: {**tree, "images": {"1": 2}}, "images is no list"),
+        (lambda tree: {**tree, "images": [5]}, r"images\[0\] is 5, expected a mapping"),
+        (lambda tree: {**tree, "annotations": [None]}, r"annotations\[0\] is None, expected a mapping"),
+        (lambda tree: {**tree, "images": tree["images"][:1] * 2}, "images has the id 100 twice"),
+        (lambda tree: {**tree, "categories": tree["categories"][:1] * 2}, "categories has the id 3 twice"),
+        (lambda tree: {**tree, "categories": [{"id": []}]}, r"categories\[0\] has the id \[\], expected"),
+        (lambda tree: {**tree, "categories": [{"id": 1}, {"id": "a"}]}, "TypeError"),
+        (lambda tree: {**tree, "images": [{"id": 1, "file_name": 7}]}, "image 1 has the file_name 7, expected text"),
+        (lambda tree: {**tree, "images": [{"id": 1, "file_name": "a", "width": "9"}]}, "has the width '9', expected"),
+        (lambda tree: {**tree, "annotations": [{"id": 4, "image_id": []}]}, r"annotation 4 is of image \[\], which is"),
+    ],
+)  # fmt: skip
+def test_a_file_of_another_form_is_told(official: Path, tmp_path: Path, change: Callable, says: str) -> None:
+    path = official / "annotations/instances_train2017.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(UserError, match=says) as told:
+        make(official, tmp_path / "out", split="train2017")
+    assert str(path) in str(told.value)
+    path.write_text("[" * 200_000)
+    with pytest.raises(UserError, match="expected COCO's JSON"):
+        make(official, tmp_path / "out", split="train2017")
+
+
+def test_any_polygon_near_the_image_can_be_packed() -> None:
+    """Up to an image's side beyond the image on every side: pycocotools must take what is let through."""
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        height, width = rng.integers(1, 60, 2).tolist()
+        points = rng.uniform(-1, 2, (int(rng.integers(3, 9)), 2)) * (width, height)
+        polygons = [points.ravel().tolist(), [0, 0, width, 0, width, height, 0, height]]  # with all: it is not empty
+        found, pixels = _runs(polygons, height, width)
+        assert sum(lengths(found["counts"])) == height * width
+        assert objects.decoded({**found, "counts": found["counts"].encode()}).sum() == pixels == height * width
