@@ -17,15 +17,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from fdscale import UserError, config, dist, student
+from fdscale import UserError, config, dist
 from fdscale.data import objects
 from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.stream import Samples
-from fdscale.engine.metrics import Work
 from fdscale.heldout import GoOn, HeldOut
-from fdscale.inputs import heldout_batches, normalise, open_inputs, to_device, training_batches
+from fdscale.inputs import heldout_batches, normalise, to_device, training_batches
 from fdscale.keys_detect import Detect
+from fdscale.labelled import Labelled
 from fdscale.run import Run
 from fdscale.segment import colours
 from fdscale.starts import write_atomically
@@ -37,39 +37,17 @@ SURE = 0.5  # of what is drawn
 Network = Callable[[Tensor, Tensor], list[Detections]]  # images (B, 3, S, S), normalised, and sizes (B, 2)
 
 
-class Detection:
+class Detection(Labelled):
     """The task of `fdscale.job`: objects from the shards."""
 
     def __init__(self, settings: config.Config, world: int):
-        self.inputs = open_inputs(settings, world)
-        self.module = student.build_detector(settings, student.build(settings))
-        self._data, self._detect = settings.data, settings.detect
+        super().__init__(settings, world)
+        self._detect = settings.detect
 
-    def identity(self) -> dict[str, Any]:
-        """Nothing besides the settings and the data."""
-        return {}
-
-    def initial_values(self) -> Callable[[str, torch.Size], Tensor]:
-        """Fresh heads, or those that fit, on the weights of the config."""
-        return student.initial_values(self.inputs.settings, self.module)
-
-    def place(self) -> None:
-        """Nothing is outside the module."""
-        torch.backends.cudnn.deterministic = True
-
-    def about(self) -> list[str]:
-        """The backbone, what stands behind it, where its weights come from, and what computes."""
-        settings, detect = self.inputs.settings, self._detect
-        what = "boxes and masks" if detect.masks else "boxes"
-        lines = [f"{settings.student.model} + {detect.kind} -> {what} of {detect.classes} classes"]
-        if settings.student.weights is None:
-            lines.append("student.weights is not set: the backbone began with random weights")
-        return [*lines, *student.about_kernels(self.module.backbone)]
-
-    def work(self) -> Work:
-        """Of backbone and heads."""
-        heads = self.module.head_flops((self._data.image_size,) * 2)
-        return student.work_per_image(self.inputs.settings, self.module.backbone, heads=heads)
+    def goal(self) -> list[str]:
+        """The heads, and what they give."""
+        detect = self._detect
+        return [f"+ {detect.kind} -> {'boxes and masks' if detect.masks else 'boxes'} of {detect.classes} classes"]
 
     def stream(self, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
         """Scenes, resized at random into the square."""

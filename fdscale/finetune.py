@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdscale import config, dist, student
+from fdscale import config, dist
 from fdscale.data.mixing import Mixing, erase, mixed_images, mixed_targets
 from fdscale.data.randaugment import RandAugment
 from fdscale.detect import Detection
-from fdscale.engine.metrics import Work
 from fdscale.evaluate import held_out
-from fdscale.inputs import MEAN, normalise, open_inputs, to_device, training_batches, training_samples
+from fdscale.inputs import MEAN, normalise, to_device, training_batches, training_samples
 from fdscale.job import Task, run_job
+from fdscale.labelled import Labelled
 from fdscale.run import Run
 from fdscale.segment import Segmentation
 
@@ -55,13 +55,12 @@ def task_for(settings: config.Config, world: int) -> Task:
     return tasks[config.task_of(settings)](settings, world)
 
 
-class Classification:
+class Classification(Labelled):
     """The task of `fdscale.job`: labels from the shards, mixed in pairs."""
 
     def __init__(self, settings: config.Config, world: int):
-        self.inputs = open_inputs(settings, world)
-        self.module = student.build_classifier(settings, student.build(settings))
-        self._data, self._classify = settings.data, settings.classify
+        super().__init__(settings, world)
+        self._classify = settings.classify
         self._augment = None
         if settings.classify.randaugment is not None:
             data = settings.data
@@ -69,28 +68,9 @@ class Classification:
                 settings.classify.randaugment, data.seed, data.image_size, MEAN, data.interpolation
             )
 
-    def identity(self) -> dict[str, Any]:
-        """Nothing besides the settings and the data."""
-        return {}
-
-    def initial_values(self) -> Callable[[str, torch.Size], Tensor]:
-        """A fresh head on the weights of the config."""
-        return student.initial_values(self.inputs.settings, self.module)
-
-    def place(self) -> None:
-        """Nothing is outside the module."""
-
-    def about(self) -> list[str]:
-        """The backbone, where its weights come from, and what computes."""
-        settings = self.inputs.settings.student
-        lines = [f"{settings.model} -> {self._classify.classes} classes"]
-        if settings.weights is None:
-            lines.append("student.weights is not set: the backbone began with random weights")
-        return [*lines, *student.about_kernels(self.module.backbone)]
-
-    def work(self) -> Work:
-        """Of the backbone; the head's is next to nothing."""
-        return student.work_per_image(self.inputs.settings, self.module.backbone)
+    def goal(self) -> list[str]:
+        """How many classes there are."""
+        return [f"-> {self._classify.classes} classes"]
 
     def stream(self, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
         """Augmented views with labels, and how they are mixed."""

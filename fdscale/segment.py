@@ -13,26 +13,25 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fdscale import UserError, config, dist, student
+from fdscale import UserError, config, dist
 from fdscale.data import dense
 from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.stream import MASK, Samples
-from fdscale.engine.metrics import Work
 from fdscale.heldout import GoOn, HeldOut
-from fdscale.inputs import heldout_batches, normalise, open_inputs, to_device, training_batches
+from fdscale.inputs import heldout_batches, normalise, to_device, training_batches
+from fdscale.labelled import Labelled
 from fdscale.run import Run
 from fdscale.tasks.inference import Inference, Network
 from fdscale.tasks.segmentation import Confusion, Scores
 
 
-class Segmentation:
+class Segmentation(Labelled):
     """The task of `fdscale.job`: masks from the shards."""
 
     def __init__(self, settings: config.Config, world: int):
-        self.inputs = open_inputs(settings, world)
-        self.module = student.build_segmenter(settings, student.build(settings))
-        self._data, self._segment = settings.data, settings.segment
+        super().__init__(settings, world)
+        self._segment = settings.segment
         if self._batch_norm and settings.memory.micro_batch * world == 1:
             raise UserError(
                 "segment.norm is batch, and a micro-batch is one image on one rank: what is pooled to a single pixel "
@@ -43,33 +42,14 @@ class Segmentation:
     def _batch_norm(self) -> bool:
         return self._segment.head == "upernet" and self._segment.norm == "batch"
 
-    def identity(self) -> dict[str, Any]:
-        """Nothing besides the settings and the data."""
-        return {}
-
-    def initial_values(self) -> Callable[[str, torch.Size], Tensor]:
-        """Fresh heads on the weights of the config."""
-        return student.initial_values(self.inputs.settings, self.module)
-
-    def place(self) -> None:
-        """Nothing is outside the module; cuDNN is told to sum in a fixed order, or no run would go on as it was."""
-        torch.backends.cudnn.deterministic = True
-
-    def about(self) -> list[str]:
-        """The backbone, where its weights come from, what batch-norm sees, and what computes."""
-        settings = self.inputs.settings
+    def goal(self) -> list[str]:
+        """The head, how many classes there are, and what batch-norm sees."""
         head = {"upernet": "UPerNet", "mask2former": "Mask2Former"}[self._segment.head]
-        lines = [f"{settings.student.model} + {head} -> {self._segment.classes} classes of pixels"]
-        if settings.student.weights is None:
-            lines.append("student.weights is not set: the backbone began with random weights")
+        lines = [f"+ {head} -> {self._segment.classes} classes of pixels"]
         if self._batch_norm:
-            lines.append(f"batch-norm over {settings.memory.micro_batch * dist.world()} images (micro-batch x ranks)")
-        return [*lines, *student.about_kernels(self.module.backbone)]
-
-    def work(self) -> Work:
-        """Of backbone and heads."""
-        heads = self.module.head_flops((self._data.image_size,) * 2)
-        return student.work_per_image(self.inputs.settings, self.module.backbone, heads=heads)
+            images = self.inputs.settings.memory.micro_batch * dist.world()
+            lines.append(f"batch-norm over {images} images (micro-batch x ranks)")
+        return lines
 
     def stream(self, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
         """Random parts of scenes."""

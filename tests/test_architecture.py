@@ -17,7 +17,7 @@ APPS = {
     "cache", "catalog", "doctor", "surroundings", "pack", "demo", "demo_finetune", "claim", "bench", "runs", "plan",
     "tune", "report", "svg",
 }  # fmt: skip
-SHARED = {"inputs", "student", "recovery", "job", "heldout"}  # by the apps that train
+SHARED = {"inputs", "student", "recovery", "job", "heldout", "labelled"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all
 MAY_IMPORT = {
     "kernels": set(),
@@ -43,6 +43,7 @@ MAY_IMPORT = {
     "student": {"config", "dist", "kernels", "models", "engine", "tasks"},
     "job": {"config", "data", "dist", "engine", "inputs", "kernels", "recovery", "run", "starts", "train", "watchdog"},
     "heldout": {"config", "data", "engine", "inputs", "run"},
+    "labelled": {"config", "engine", "inputs", "student"},
     "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data", "dist", "kernels"},
     "verbs": set(),

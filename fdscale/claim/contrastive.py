@@ -21,7 +21,7 @@ from fdscale.models.layers import initial_value
 from fdscale.models.vit import ViT
 
 TEMPERATURE, PROJECTED = 0.2, 64
-BATCH, LR, DECAY, WARMUP = 256, 1.5e-3, 0.05, 100
+BATCH, LR, DECAY, WARMUP = 256, 3e-3, 0.05, 100
 
 
 def views(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -35,11 +35,11 @@ class Sizes:
     """How much of everything: images with labels and to test on, epochs, seeds, rates that are tried; the ViT's width
     and depth."""
 
-    labelled: int = 2000
-    tested: int = 4000
-    supervised: int = 40
-    contrastive: int = 3
-    distilled: int = 4
+    labelled: int = 4000
+    tested: int = 10000
+    supervised: int = 60
+    contrastive: int = 8
+    distilled: int = 8
     finetuned: int = 15
     seeds: int = 4
     rates: tuple[float, ...] = (1e-3, 3e-3)
@@ -58,7 +58,7 @@ class Experiment:
         self.sizes = QUICK if quick else Sizes()
         self.args = {
             "img_size": 28,
-            "patch_size": 4,
+            "patch_size": 7,
             "embed_dim": self.sizes.width,
             "depth": self.sizes.depth,
             "num_heads": max(1, self.sizes.width // 32),

@@ -18,6 +18,10 @@ class Tuned(nn.Module):
         super().__init__()
         self.backbone = backbone
 
+    def head_flops(self, image_size: tuple[int, int]) -> int:
+        """Multiply-adds of all that stands behind the backbone; none worth counting unless a task says so."""
+        return 0
+
     def depth_of(self, name: str) -> int:
         """Layer-decay id of a parameter; all that is behind the backbone belongs to the output."""
         if name.startswith(PREFIX):
