@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-finetune claim all test quick faults slurm lint format types bench gpu gpu-giant docs clean help
+.PHONY: demo demo-finetune claim all test quick faults slurm lint format types bench gpu gpu-giant site docs clean help
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -42,15 +42,15 @@ slurm: $(STAMP) ## the job scripts on a real Slurm on this machine
 	$(BIN)/python -m pytest -rs tests/slurm
 
 lint: $(STAMP) ## style and imports
-	$(BIN)/ruff check fdscale tests setup.py
-	$(BIN)/ruff format --check fdscale tests setup.py
+	$(BIN)/ruff check fdscale tests setup.py docs/hooks.py
+	$(BIN)/ruff format --check fdscale tests setup.py docs/hooks.py
 
 types: $(STAMP) ## static types
 	$(BIN)/mypy
 
 format: $(STAMP) ## rewrite into the project's style
-	$(BIN)/ruff format fdscale tests setup.py
-	$(BIN)/ruff check --fix fdscale tests setup.py
+	$(BIN)/ruff format fdscale tests setup.py docs/hooks.py
+	$(BIN)/ruff check --fix fdscale tests setup.py docs/hooks.py
 
 bench: $(STAMP) ## measure data loading, attention, a training step and saving against what else there is
 	$(BIN)/fdscale bench data
@@ -77,9 +77,13 @@ gpu-giant: ## measure SwinV2-G, 3 billion parameters, on this machine's GPU (80 
 		$(MAKE) --no-print-directory $(STAMP) && $(BIN)/python -m fdscale.bench.giant --out giant-report; \
 	fi
 
+site: $(STAMP) ## the documentation as a site: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo 'site/index.html'
+
 docs: $(STAMP) ## check that links and commands in the documents hold
 	$(BIN)/python -m pytest tests/test_docs.py
 
 clean: ## remove what these targets made
-	rm -rf runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf runs build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -207,7 +207,7 @@ def _plain(found: Detections, size: tuple[int, int]) -> Found:
 
         whole = pasted(found, size).cpu().numpy().astype(np.uint8)
         runs = [mask.encode(np.asfortranarray(one)) for one in whole]
-    return Found(*(part.cpu().numpy() for part in found[:3]), runs)
+    return Found(found.boxes.cpu().numpy(), found.scores.cpu().numpy(), found.classes.cpu().numpy(), runs)
 
 
 def _submit(tally: AveragePrecision, index: Index | Folders, path: Path) -> None:
@@ -266,15 +266,16 @@ def draw(image: Tensor, known: objects.Annotated, found: Detections, path: Path)
     """
     height, width = image.shape[1:]
     sure = found.scores >= SURE
-    shown = Detections(*(part[sure] for part in found[:3]), None if found.masks is None else found.masks[sure])
+    masks = None if found.masks is None else found.masks[sure]
+    shown = Detections(found.boxes[sure], found.scores[sure], found.classes[sure], masks)
     whole = None if shown.masks is None else pasted(shown, known.size).cpu().numpy()
     truth = None if known.masks is None else [objects.decoded(one) for one in known.masks]
     sides = ((known.boxes, known.classes, truth), (shown.boxes.cpu().numpy(), shown.classes.cpu().numpy(), whole))
     parts = []
-    for boxes, classes, masks in sides:
+    for boxes, classes, outlines in sides:
         pixels = image.permute(1, 2, 0).numpy().astype(np.float32)
         tones = colours((classes % 256)[None])[0]
-        for mask, tone in zip(() if masks is None else masks, tones, strict=masks is not None):
+        for mask, tone in zip(() if outlines is None else outlines, tones, strict=outlines is not None):
             there = np.asarray(Image.fromarray(mask.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
             pixels = np.where(there[..., None] > 0, 0.5 * pixels + 0.5 * tone, pixels)
         picture = Image.fromarray(pixels.round().astype(np.uint8))

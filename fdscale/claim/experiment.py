@@ -9,16 +9,18 @@ be told from that of more training. Each start has its own rate, chosen on image
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from fdscale import UserError
 from fdscale.claim import contrastive, data
+from fdscale.starts import write_atomically
 
 STARTS = {
     "random": "random weights",
@@ -67,7 +69,12 @@ class Experiment:
 
     def run(self) -> dict:
         """Everything; the results as plain data: top-1 on the test part by start and seed, rates, seconds."""
-        begun = time.perf_counter()
+        with self._timed():
+            top1, rates = self._measured()
+        seconds = json.loads(self._seconds.read_text())
+        return {"top1": top1, "rates": rates, "sizes": vars(self.sizes), "seconds": seconds, "quick": self.quick}
+
+    def _measured(self) -> tuple[dict[str, list[float]], dict[str, float]]:
         unlabelled = self._prepare()
         weights = self._weights(unlabelled)
         rates = {name: self._rate(name, weights[name]) for name in STARTS}
@@ -78,8 +85,7 @@ class Experiment:
             ]
             for name in STARTS
         }
-        seconds = self._spent(time.perf_counter() - begun)
-        return {"top1": top1, "rates": rates, "sizes": vars(self.sizes), "seconds": seconds, "quick": self.quick}
+        return top1, rates
 
     def _prepare(self) -> data.Part:
         """Shards of labelled, chosen-by, all and test images; the images without labels."""
@@ -136,7 +142,8 @@ class Experiment:
                 f"teacher.weights={teacher}",
                 f"data.shards={self.out / 'shards/all'}",
                 "data.scale=[0.5, 1.0]",
-                "optim.lr=3e-3",
+                "optim.lr=1.5e-3",
+                "optim.clip_grad=0.3",
                 "schedule.steps=null",
                 f"schedule.epochs={self.sizes.distilled}",
                 "schedule.warmup_steps=null",
@@ -201,12 +208,20 @@ class Experiment:
     def _is_done(self, name: str) -> bool:
         return (self.out / "runs" / name / "done").exists()
 
-    def _spent(self, now: float) -> float:
-        """Seconds of this call and of those before it that it goes on from."""
-        path = self.out / "seconds.json"
-        before = json.loads(path.read_text()) if path.exists() else 0.0
-        path.write_text(json.dumps(before + now))
-        return before + now
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        """Add the seconds of this call to those of earlier ones that it goes on from, also where it fails."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.out.is_dir():
+                before = json.loads(self._seconds.read_text()) if self._seconds.exists() else 0.0
+                write_atomically(self._seconds, json.dumps(before + time.perf_counter() - begun))
+
+    @property
+    def _seconds(self) -> Path:
+        return self.out / "seconds.json"
 
 
 def yaml(tree: dict) -> str:
