@@ -143,7 +143,7 @@ def _diagnose(verbs: argparse._SubParsersAction) -> None:
         "fdscale diagnose runs/clip-b --compare teacher --set data.heldout_shards=/data/imagenet/val\n"
         "  Of a recipe's teacher alone, or of several runs:\n"
         "  fdscale diagnose clip_vit_base_300 --teacher --set teacher.weights=... --set data.heldout_shards=...\n"
-        "  fdscale diagnose runs/clip-b-ft --compare runs/other-ft"
+        "  fdscale diagnose runs/clip-b-ft --compare runs/other-ft --landscape line"
     )
     text = "measure what heads look at and what features are like, of a student beside its teacher"
     sub = verb(verbs, "diagnose", "fdscale.diagnosis:main", text, example)
@@ -154,6 +154,12 @@ def _diagnose(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--compare", nargs="+", default=[], metavar="OTHER", help=others)
     count = "of data.heldout_shards, the first so many (default: 256)"
     sub.add_argument("--images", type=int, default=256, metavar="N", help=count)
+    around = "also loss and accuracy of classifiers around their weights, along random directions or on planes"
+    sub.add_argument("--landscape", choices=("line", "plane"), help=around)
+    sub.add_argument("--points", type=int, default=11, metavar="N", help="of it, on each axis, odd (default: 11)")
+    reach = "its ends, as multiples of the directions, which are as long as the weights (default: 1)"
+    sub.add_argument("--reach", type=float, default=1.0, metavar="R", help=reach)
+    sub.add_argument("--seeds", type=int, default=3, metavar="N", help="of its directions (default: 3)")
     folder = "folder for diagnosis.json and pictures (default: diagnosis)"
     sub.add_argument("--out", default="diagnosis", metavar="DIR", help=folder)
     sub.add_argument("--json", action="store_true", help="print JSON")

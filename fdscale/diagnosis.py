@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from fdscale import UserError, assemble, config, dist, student
+from fdscale import UserError, assemble, config, dist, landscapes, student
 from fdscale.data.augment import eval_view
 from fdscale.diagnose import heads
 from fdscale.diagnose.attention import Attended, has_attention, watched
@@ -27,19 +27,22 @@ from fdscale.diagnose.heads import Heads, Look
 from fdscale.engine.initialize import materialise, prepare_environment
 from fdscale.evaluate import find
 from fdscale.inputs import heldout_batches, normalise, open_heldout, to_device
+from fdscale.landscapes import Wanted
 from fdscale.objective import whiten
 from fdscale.starts import write_atomically
 
 
 class Subject(NamedTuple):
     """A network that is looked at. tokens: of RGB (B, 3, H, W) in [0, 1], (B, L, C) with `prefix` in front of the
-    grid's. size: (height, width) of the images as the network itself gets them."""
+    grid's. size: (height, width) of the images as the network itself gets them. trained: settings and weights, None of
+    a teacher."""
 
     name: str
     network: nn.Module
     tokens: Callable[[Tensor], Tensor]
     prefix: int
     size: tuple[int, int]
+    trained: tuple[config.Config, Path | str] | None = None
 
 
 class Found(NamedTuple):
@@ -53,7 +56,7 @@ class Found(NamedTuple):
 
 def main(
     source: str, run: str | None, weights: str | None, set: list[str], teacher: str | None, compare: list[str],
-    images: int, out: str, json: bool,
+    images: int, out: str, json: bool, landscape: str | None, points: int, reach: float, seeds: int,
 ) -> int:  # fmt: skip
     """Look, print, and write diagnosis.json and pictures into a folder."""
     prepare_environment()
@@ -61,9 +64,12 @@ def main(
     if images < 1:
         raise UserError(f"--images must be at least 1, got {images}")
     settings, subjects = _subjects(source, run, weights, set, teacher, compare)
+    around = {}
+    if landscape is not None:
+        around = _landscapes(subjects, images, Wanted(landscape, points, reach, seeds))
     found, likeness = look(settings, subjects, images)
     if dist.rank() == 0:
-        report = as_data(subjects, found, likeness)
+        report = as_data(subjects, found, likeness) | ({"landscapes": around} if around else {})
         folder = Path(out)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +77,10 @@ def main(
         except OSError as error:
             raise UserError(f"{out}: could not be written ({error}); name another with --out") from None
         pictures(subjects, found, folder)
+        if around:
+            from fdscale.diagnose.plots import landscape as plot
+
+            plot(around, folder / "landscape.png")
         print(json_module.dumps(report) if json else f"{for_a_person(report)}\npictures and numbers: {folder}")
     dist.close()
     return 0
@@ -106,7 +116,17 @@ def _student(settings: config.Config, weights: Path | str, name: str) -> Subject
     network.eval()
     size = (settings.data.image_size,) * 2
     tokens = lambda images: network(normalise(images, torch.float32))  # noqa: E731
-    return Subject(name, network, tokens, len(network.prefix), size)
+    return Subject(name, network, tokens, len(network.prefix), size, (settings, weights))
+
+
+def _landscapes(subjects: list[Subject], images: int, wanted: Wanted) -> dict[str, dict[str, Any]]:
+    wanted.check()
+    found = {}
+    for subject in subjects:
+        if subject.trained is None:
+            raise UserError(f"{subject.name} is no classifier of images: --landscape is of fine-tuned ones")
+        found[subject.name] = landscapes.around(*subject.trained, images, wanted)
+    return found
 
 
 def _teacher(settings: config.Config, name: str) -> Subject:
@@ -220,6 +240,7 @@ def for_a_person(report: dict[str, Any]) -> str:
                 for name, value in zip(names[1:], report["cka_of_mean_tokens"][0][1:], strict=True)
             )
         )
+    lines += [landscapes.for_a_person(name, one) for name, one in report.get("landscapes", {}).items()]
     return "\n".join(lines)
 
 

@@ -117,8 +117,7 @@ def measure(
         assert settings.classify.classes is not None
         others = None if labels is None else read_labels(labels, settings.classify.classes)
         work, describe = functools.partial(evaluate, labels=others), _report
-    module = student.build_labelled(settings, student.build(settings, training=False))
-    _load(settings, module, weights, averaged, precision)
+    module = loaded(settings, weights, averaged, precision)
     found, left_out = _with_progress(
         settings, index, moves, lambda go_on: work(settings, index, module, precision, go_on)
     )
@@ -137,16 +136,17 @@ def measure(
     }
 
 
-def _load(
-    settings: config.Config, module: nn.Module, weights: Path | str, averaged: bool, precision: torch.dtype
-) -> None:
-    """Bring a network from the meta device to this rank's, with these weights, for evaluation."""
+def loaded(
+    settings: config.Config, weights: Path | str, averaged: bool = False, precision: torch.dtype = torch.float32
+) -> nn.Module:
+    """A backbone and its head with the weights of a checkpoint, or of a file, on this rank's device, for evaluation."""
+    module = student.build_labelled(settings, student.build(settings, training=False))
     memory.agree_on_kernels(module)
     file = student.read_checkpoint(weights, averaged) if isinstance(weights, Path) else student.read_weights(weights)
-    loaded = student.trained_backbone(settings, file) | student.trained_head(module, file)
+    values = student.trained_backbone(settings, file) | student.trained_head(module, file)
     student.fill_buffers(module, file)
-    materialise(module, lambda name, shape: loaded[name](), precision, dist.device())
-    module.to(dist.device()).eval()
+    materialise(module, lambda name, shape: values[name](), precision, dist.device())
+    return module.to(dist.device()).eval()
 
 
 def find(

@@ -113,8 +113,12 @@ def test_it_runs_from_end_to_end_and_goes_on(tmp_path: Path) -> None:
     assert all(len(values) == 2 and all(0 <= value <= 1 for value in values) for values in results["top1"].values())
     assert (tmp_path / "out/claim.png").stat().st_size > 10_000
     assert (tmp_path / "out/claim.md").read_text() in done.stdout
-    (tmp_path / "out/runs/test-random-1/done").unlink()
+    (tmp_path / "out/runs/test-random-0.003-1/done").unlink()
     again = subprocess.run(command, timeout=300, **how)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("$ fdscale") == 1
     assert json.loads((tmp_path / "out/claim.json").read_text())["top1"] == results["top1"]
+    (tmp_path / "out/sizes.json").write_text("{}")
+    other = subprocess.run(command, timeout=300, **how)
+    assert other.returncode == 2
+    assert "holds the experiment in other sizes" in other.stderr

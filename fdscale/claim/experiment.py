@@ -44,7 +44,7 @@ class Sizes:
     distilled: int = 8
     finetuned: int = 15
     seeds: int = 4
-    rates: tuple[float, ...] = (1e-3, 3e-3)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 6e-3)
     width: int = 64
     depth: int = 4
 
@@ -80,7 +80,7 @@ class Experiment:
         rates = {name: self._rate(name, weights[name]) for name in STARTS}
         top1 = {
             name: [
-                self._finetune(f"test-{name}-{seed}", weights[name], rates[name], seed, "test")
+                self._finetune(f"test-{name}-{rates[name]:g}-{seed}", weights[name], rates[name], seed, "test")
                 for seed in range(self.sizes.seeds)
             ]
             for name in STARTS
@@ -88,7 +88,16 @@ class Experiment:
         return top1, rates
 
     def _prepare(self) -> data.Part:
-        """Shards of labelled, chosen-by, all and test images; the images without labels."""
+        """Shards of labelled, chosen-by, all and test images; the images without labels.
+
+        Raises UserError where the folder has runs of other sizes.
+        """
+        told = json.dumps({**vars(self.sizes), "rates": None})  # these are in the names of runs
+        before = self.out / "sizes.json"
+        if before.exists() and before.read_text() != told:
+            raise UserError(f"{self.out} holds the experiment in other sizes: name another folder with --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+        write_atomically(before, told)
         train, test = data.digits() if self.quick else data.fashion(self.source)
         test = data.Part(*(part[: self.sizes.tested] for part in test))
         labelled, chosen_by, rest = data.split(train, self.sizes.labelled, seed=0)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from fdscale import dist
 
 Values = dict[str, Tensor]
 Loss = Callable[[], dict[str, float]]  # of the network as it is now, over all images; the same ones each time
@@ -78,27 +80,40 @@ def _place(network: nn.Module, before: Values, directions: Sequence[Values], ste
             parameter.copy_(value)
 
 
-def sharpness(network: nn.Module, loss: Callable[[], Tensor], seed: int, steps: int = 20) -> tuple[float, float]:
+def sharpness(
+    network: nn.Module, losses: Callable[[], Iterable[Tensor]], seed: int, steps: int = 20, close: float = 1e-3
+) -> tuple[float, float]:
     """The eigenvalue of largest size of a loss's Hessian over all parameters, by power iteration; and how much the last
-    step changed it, relative to it.
+    step changed it, relative to it. A collective.
 
-    loss: with a graph, the same at each call.
+    losses: parts of the loss, each with a graph of its own, that sum up to it over all ranks; the same at each call.
+    steps: at most; fewer where a step changes the eigenvalue by less than `close`, relative to it.
     """
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     generator = torch.Generator().manual_seed(seed)
     vector = [torch.randn(p.shape, generator=generator).to(p.device) for p in parameters]
-    value = before = math.nan
+    value = change = math.nan
     for _ in range(steps):
         length = math.sqrt(sum(float(part.double().square().sum()) for part in vector))
-        if length == 0:
+        if length == 0:  # no curvature along anything that was tried
             return 0.0, 0.0
         vector = [part / length for part in vector]
-        gradients = torch.autograd.grad(loss(), parameters, create_graph=True, allow_unused=True)
-        along = sum((g * v).sum() for g, v in zip(gradients, vector, strict=True) if g is not None)
-        if not isinstance(along, Tensor) or not along.requires_grad:
-            return 0.0, 0.0
-        product = torch.autograd.grad(along, parameters, allow_unused=True)
-        after = [torch.zeros_like(p) if h is None else h for p, h in zip(parameters, product, strict=True)]
+        after = [torch.zeros_like(parameter) for parameter in parameters]
+        for loss in losses():
+            _add_product(after, loss, parameters, vector)
+        after = [dist.total(part) for part in after]
         before, value = value, float(sum((h * v).double().sum() for h, v in zip(after, vector, strict=True)))
-        vector = after
-    return value, abs(value - before) / max(abs(value), 1e-12)
+        vector, change = after, abs(value - before) / max(abs(value), 1e-12)
+        if change < close:
+            break
+    return value, change
+
+
+def _add_product(found: list[Tensor], loss: Tensor, parameters: list[nn.Parameter], vector: list[Tensor]) -> None:
+    """Add the Hessian of a loss times a vector."""
+    gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+    along = sum((g * v).sum() for g, v in zip(gradients, vector, strict=True) if g is not None)
+    if isinstance(along, Tensor) and along.requires_grad:
+        for part, more in zip(found, torch.autograd.grad(along, parameters, allow_unused=True), strict=True):
+            if more is not None:
+                part += more

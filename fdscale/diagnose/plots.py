@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -103,6 +104,55 @@ def offset_maps(subjects: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path
     figure.supxlabel("where the key lies from the query: tokens across", fontsize=10)
     figure.supylabel("tokens down", fontsize=10)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def landscape(subjects: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Loss around the weights, as `fdscale.landscapes` gives it by name: lines of all seeds, with accuracy beside, or a
+    plane for each subject, the first seed's."""
+    first = next(iter(subjects.values()))
+    if np.ndim(first["loss"]) == 3:
+        top = max(np.nanpercentile(one["loss"][0], 90) for one in subjects.values())
+        low = min(np.nanmin(one["loss"][0]) for one in subjects.values())
+        figure, grid = plt.subplots(
+            1, len(subjects), figsize=(4.2 * len(subjects) + 0.6, 4), layout="constrained", squeeze=False
+        )
+        for (name, one), axes in zip(subjects.items(), grid[0], strict=True):
+            at = one["multiples"]
+            levels = np.linspace(low, max(top, low + 1e-6), 15)
+            drawn = axes.contourf(at, at, np.array(one["loss"][0]), levels=levels, cmap="cividis", extend="max")
+            axes.set_title(name, fontsize=11)
+            axes.set_aspect("equal")
+        figure.colorbar(drawn, ax=grid[0].tolist(), label="cross-entropy", shrink=0.85)
+        figure.supxlabel("multiple of the second direction", fontsize=10)
+        figure.supylabel("multiple of the first direction", fontsize=10)
+    else:
+        figure, pair = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+        for axes, key, label, factor in zip(
+            pair, ("loss", "top1"), ("cross-entropy", "top-1, %"), (1, 100), strict=True
+        ):
+            for (name, one), colour, mark in zip(
+                subjects.items(), (STUDENT, TEACHER, OTHER, "#009E73", "#CC79A7"), "osD^v", strict=False
+            ):
+                for place, line in enumerate(one[key]):
+                    kept = {"label": name} if place == 0 else {}
+                    axes.plot(
+                        one["multiples"],
+                        factor * np.array(line),
+                        f"-{mark}",
+                        color=colour,
+                        alpha=0.6,
+                        markersize=4,
+                        **kept,
+                    )
+            axes.set_ylabel(label)
+            axes.set_xlabel("multiple of a random direction as long as the weights, filter by filter")
+            axes.grid(color="0.92")
+            axes.set_axisbelow(True)
+            axes.spines[["top", "right"]].set_visible(False)
+        pair[0].legend(frameon=False)
+        figure.suptitle("Around the weights, a line for each seed", fontsize=11)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

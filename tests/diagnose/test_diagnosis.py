@@ -89,3 +89,59 @@ def test_a_network_without_attention_has_features_alone(
     ):
         assert cli.main(["diagnose", *words]) == 2
         assert says in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def classifier(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small classifier of digits after some steps."""
+    run = tmp_path_factory.mktemp("landscape") / "run"
+    settings = (
+        "student.model=vit",
+        "student.args={img_size: 32, patch_size: 8, embed_dim: 32, depth: 2, num_heads: 1, position: absolute}",
+        f"data.shards={digits / 'train'}", f"data.heldout_shards={digits / 'heldout'}", "data.image_size=32",
+        "optim.batch_size=32", "memory.micro_batch=32", "schedule.epochs=1", "schedule.warmup_epochs=0.2",
+        "classify.head_scale=1.0", "log.heldout_every=1000",
+    )  # fmt: skip
+    done = run_cli("finetune", "demo_finetune", "--run", run, *sets(*settings))
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def test_around_the_weights_of_a_classifier(classifier: Path, tmp_path: Path) -> None:
+    """The middle is what `evaluate` finds; two ranks find what one does; a plane's row is a line."""
+    found = {}
+    for ranks, words in ((1, ()), (2, ()), (1, ("plane", "--seeds", 1))):
+        out = tmp_path / f"out{len(found)}"
+        how = (*(words or ("line", "--seeds", 2)), "--points", 3, "--reach", 0.5)
+        done = run_cli(
+            "diagnose", classifier, "--landscape", *how, "--images", 60, "--out", out, "--compare", classifier,
+            ranks=ranks,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "largest eigenvalue" in done.stdout
+        assert min(Image.open(out / "landscape.png").size) > 300
+        found[len(found)] = json.loads((out / "diagnosis.json").read_text())["landscapes"]["run"]
+    line, shared, plane = found.values()
+    assert line["multiples"] == [-0.5, 0.0, 0.5]
+    report = tmp_path / "evaluation.json"
+    words = sets("data.heldout_samples=60")
+    assert run_cli("evaluate", classifier, "--out", report, *words).returncode == 0
+    whole = json.loads(report.read_text())
+    for seed in range(2):
+        assert line["loss"][seed][1] == pytest.approx(whole["loss"], rel=1e-6)
+        assert line["top1"][seed][1] == pytest.approx(whole["top1"])
+        assert line["loss"][seed][0] != line["loss"][1 - seed][0]
+        assert shared["loss"][seed] == pytest.approx(line["loss"][seed], rel=1e-5)
+    assert shared["sharpness"] == pytest.approx(line["sharpness"], rel=1e-2)
+    assert line["sharpness"] > 0
+    assert [row[1] for row in plane["loss"][0]] == pytest.approx(line["loss"][0], rel=1e-5)
+
+
+def test_landscapes_that_cannot_be(classifier: Path, student_of_a_vit: Path, shards: Path, capsys) -> None:
+    for words, says in (
+        ((classifier, "--points", 4), "--points must be odd"),
+        ((classifier, "--reach", 0), "--reach and --seeds must be positive"),
+        ((student_of_a_vit, *sets(f"data.heldout_shards={shards}")), "is no classifier of images"),
+    ):
+        assert cli.main(["diagnose", *map(str, words), "--landscape", "line"]) == 2
+        assert says in capsys.readouterr().err

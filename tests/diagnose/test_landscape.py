@@ -77,8 +77,10 @@ def test_the_scale_of_a_network_does_not_matter() -> None:
 
 def test_the_sharpest_direction_of_a_quadratic() -> None:
     network = Quadratic()
-    value, change = sharpness(network, network, seed=0, steps=60)
+    value, change = sharpness(network, lambda: [network()], seed=0, steps=60, close=1e-6)
     assert value == pytest.approx(5.0, rel=1e-3)
+    parts = sharpness(network, lambda: (network() * share for share in (0.3, 0.7)), seed=0, steps=60, close=1e-6)
+    assert parts[0] == pytest.approx(value, rel=1e-5)
     assert change < 1e-3
     flat = nn.Linear(3, 1)
-    assert sharpness(flat, lambda: flat(torch.ones(3)).sum(), seed=0) == (0.0, 0.0)  # linear: no curvature
+    assert sharpness(flat, lambda: [flat(torch.ones(3)).sum()], seed=0) == (0.0, 0.0)  # linear: no curvature

@@ -1,0 +1,112 @@
+"""`fdscale diagnose --landscape`: loss and accuracy of fine-tuned classifiers around their weights, and sharpness.
+
+arXiv 2205.14141, section 4, by the method of Li et al. 2018; `diagnose.landscape` has the definitions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fdscale import UserError, config, dist, evaluate
+from fdscale.data.augment import eval_view
+from fdscale.diagnose.landscape import direction, sharpness, surface
+from fdscale.inputs import heldout_batches, normalise, open_heldout, to_device
+
+AROUND = ("loss", "top1")
+
+
+class Wanted(NamedTuple):
+    """shape: line or plane. points: on each axis, from -reach to reach times the direction, with the weights in the
+    middle. seeds: of directions, or of pairs of them."""
+
+    shape: str
+    points: int
+    reach: float
+    seeds: int
+
+    def check(self) -> None:
+        """Raises UserError."""
+        if self.points < 3 or self.points % 2 == 0:
+            raise UserError(
+                f"--points must be odd and at least 3, so that the weights are in the middle: {self.points}"
+            )
+        if not 0 < self.reach < float("inf") or self.seeds < 1:
+            raise UserError(f"--reach and --seeds must be positive, got {self.reach:g} and {self.seeds}")
+
+
+def around(settings: config.Config, weights: Path | str, images: int, wanted: Wanted) -> dict[str, Any]:
+    """The landscape of a classifier on so many images of data.heldout_shards, as plain data; a collective.
+
+    multiples: of the directions. loss, top1: by seed; of a plane, by multiples of the first and of the second
+    direction. sharpness: the Hessian's largest eigenvalue, and how much its last step changed it.
+    """
+    if config.task_of(settings) != "finetune":
+        raise UserError(f"{weights} is no classifier of images: --landscape is of fine-tuned ones")
+    index = open_heldout(settings.data)
+    if index is None:
+        raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
+    data = dataclasses.replace(settings.data, heldout_samples=min(images, index.samples))
+    memory = dataclasses.replace(settings.memory, kernels="reference", attention_chunk=(0,))  # has second derivatives
+    classify = dataclasses.replace(settings.classify, crops=1)
+    settings = dataclasses.replace(settings, data=data, memory=memory, classify=classify)
+    network = evaluate.loaded(settings, weights)
+
+    def measured() -> dict[str, float]:
+        found = evaluate.evaluate(settings, index, network, torch.float32, lambda batch: True)
+        assert found is not None
+        return {"loss": found.loss, "top1": found.top1}
+
+    half = wanted.points // 2
+    multiples = [wanted.reach * (place - half) / half for place in range(wanted.points)]
+    axes = 2 if wanted.shape == "plane" else 1
+    surfaces = [
+        surface(network, measured, [direction(network, seed, axis) for axis in range(axes)], [multiples] * axes)
+        for seed in range(wanted.seeds)
+    ]
+    with sdpa_kernel(SDPBackend.MATH):
+        eigenvalue, change = sharpness(network, functools.partial(_losses, settings, index, network), seed=0)
+    return {
+        "images": data.heldout_samples,
+        "multiples": multiples,
+        **{name: [one.values[name].tolist() for one in surfaces] for name in AROUND},
+        "sharpness": eigenvalue,
+        "sharpness_changed_by": change,
+    }
+
+
+def _losses(settings: config.Config, index: Any, network: nn.Module) -> Iterator[Tensor]:
+    """This rank's parts of the mean cross-entropy."""
+    data, classify = settings.data, settings.classify
+    view: Callable[..., Tensor] = functools.partial(
+        eval_view,
+        size=data.image_size,
+        crop_ratio=classify.crop_ratio,
+        interpolation=data.interpolation,
+        decoding=data.decode,
+    )
+    for batch in heldout_batches(settings, index, view, classify.classes):
+        labels, counted = (batch[name].to(dist.device()) for name in ("labels", "weights"))
+        scores = network(normalise(to_device(batch["images"]), torch.float32))
+        losses = F.cross_entropy(scores.float(), labels, reduction="none")
+        yield losses[counted.bool()].sum() / (data.heldout_samples or 1)
+
+
+def for_a_person(name: str, found: dict[str, Any]) -> str:
+    """A line or two."""
+    middle = len(found["multiples"]) // 2
+    losses = torch.tensor(found["loss"])
+    here = losses[:, middle] if losses.ndim == 2 else losses[:, middle, middle]
+    ends = losses[:, [0, -1]] if losses.ndim == 2 else losses[:, [0, 0, -1, -1], [0, -1, 0, -1]]
+    return (
+        f"{name}: loss {float(here.mean()):.4f}, at the ends {float(ends.mean()):.4f}; largest eigenvalue of the "
+        f"Hessian {found['sharpness']:.3g} (changed by {found['sharpness_changed_by']:.1%} in the last step)"
+    )
