@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Two processes share the tests, file by file: what a file has trained for its tests is there once.
+SHARED := -n 2 --dist loadfile
 
 .PHONY: demo demo-finetune claim all test quick faults slurm lint format types bench gpu gpu-giant site docs clean help
 
@@ -27,10 +29,11 @@ claim: $(STAMP) ## does a student fine-tune better than its teacher? Fashion-MNI
 	$(BIN)/python -m fdscale.claim
 
 all: $(STAMP) ## everything that this machine can run: what CI runs
-	$(BIN)/python -m pytest --durations=25
+	$(BIN)/python -m pytest -m "not slurm and not faults" $(SHARED) --durations=25
+	$(BIN)/python -m pytest -m "slurm or faults" --durations=10
 
 test: $(STAMP) ## all but the long ones: Slurm, the fault suite, and the marked
-	$(BIN)/python -m pytest -m "not slurm and not faults and not long"
+	$(BIN)/python -m pytest -m "not slurm and not faults and not long" $(SHARED)
 
 quick: $(STAMP) ## the inner loop: tests that take a moment
 	$(BIN)/python -m pytest -m "not slow" -n 2

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import html
+import io
 import json as json_module
 import math
 from collections.abc import Iterable, Iterator
@@ -18,7 +20,7 @@ from typing import Any
 import yaml
 
 from fdscale import UserError, __version__, runs, starts
-from fdscale.svg import Line, Points, chart
+from fdscale.svg import Line, Points, chart, standalone
 
 MOST_PICTURE_BYTES = 3 * 2**20  # of all pictures together
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -36,19 +38,25 @@ CURVES = (  # keys of metrics.jsonl, title, unit
 SPENT = ("useful", "starting", "evaluation", "saving", "lost", "other")
 
 
-def main(run: str, compare: str | None, pictures: list[str], out: str | None) -> int:
-    """Write the report and say where."""
+def main(run: str, compare: str | None, pictures: list[str], data: str | None, out: str | None) -> int:
+    """Write the report, and its data where they are wanted, and say where."""
     path = Path(run)
     for one in filter(None, (run, compare)):
         if not (Path(one) / "starts").is_dir():
             raise UserError(f"{one} is no run directory: it holds no starts/; `fdscale runs DIR` finds runs")
     target = Path(out) if out is not None else path / "report.html"
-    text = page(path, Path(compare) if compare else None, [Path(folder) for folder in pictures])
+    other = Path(compare) if compare else None
+    text = page(path, other, [Path(folder) for folder in pictures])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         starts.write_atomically(target, text)
     except OSError as error:
         raise UserError(f"{target}: could not be written ({error}); name another with --out") from None
+    if data is not None:
+        try:
+            write_data(path, other, text, Path(data))
+        except OSError as error:
+            raise UserError(f"{data}: could not be written ({error}); name another with --data") from None
     print(f"{target} ({len(text.encode()) / 2**20:.1f} MiB): open it in a browser; it needs no network")
     return 0
 
@@ -62,6 +70,7 @@ def page(run: Path, other: Path | None, pictures: list[Path]) -> str:
         ("curves", "Curves", _curves(run, other, records)),
         ("time", "Where the time went", _time(about)),
         ("starts", "Starts", _starts(records)),
+        ("diagnosis", "Diagnosis", "".join(_diagnosis(folder) for folder in pictures)),
         ("pictures", "Pictures", _pictures([run / "predictions", *pictures])),
         ("settings", "Settings", _settings(run, other)),
         ("environment", "Environment", _environment(records)),
@@ -165,6 +174,51 @@ def table(head: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
     cells = ("".join(f"<td>{html.escape('' if cell is None else str(cell))}</td>" for cell in row) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _diagnosis(folder: Path) -> str:
+    """What `fdscale diagnose` has written there, a row for each block; empty where it has not."""
+    try:
+        subjects = json_module.loads((folder / "diagnosis.json").read_text())["subjects"]
+        rows = [
+            (
+                subject["name"],
+                number,
+                f"{min(block['distance_px']):.1f} to {max(block['distance_px']):.1f}",
+                f"{block['similarity']:.3f}",
+                *(f"{sum(block[name]) / len(block[name]):.3f}" for name in ("diagonality", "columns")),
+            )
+            for subject in subjects
+            for number, block in enumerate(subject["blocks"])
+        ]
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder}/diagnosis.json is not what `fdscale diagnose` writes ({error})") from None
+    head = ("network", "block", "distance of heads, px", "likeness of heads", "diagonal", "columns")
+    return table(head, rows) if rows else ""
+
+
+def write_data(run: Path, other: Path | None, text: str, folder: Path) -> None:
+    """curves.csv, (run, step, key, value) of every number in metrics.jsonl; report.json, what is known of the runs; and
+    the charts of a page as .svg files. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    known = [one for one in (run, other) if one is not None]
+    rows = io.StringIO()
+    writer = csv.writer(rows, lineterminator="\n")
+    writer.writerow(("run", "step", "key", "value"))
+    for one in known:
+        for record in read_metrics(one):
+            writer.writerows(
+                (one.name, record["step"], key, value)
+                for key, value in record.items()
+                if key != "step" and isinstance(value, (int, float, str)) and not isinstance(value, bool)
+            )
+    starts.write_atomically(folder / "curves.csv", rows.getvalue())
+    about = [{"name": one.name, "config": read_config(one), **runs.survey([one])[0]} for one in known]
+    starts.write_atomically(folder / "report.json", json_module.dumps(about, indent=1, default=str) + "\n")
+    for name, drawing in standalone(text, (resources.files("fdscale") / "report.css").read_text()):
+        starts.write_atomically(folder / f"{name}.svg", drawing)
 
 
 def _pictures(folders: list[Path]) -> str:

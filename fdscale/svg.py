@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -73,6 +74,13 @@ def chart(identity: str, title: str, unit: str, lines: Sequence[Line], marks: Se
         f'<desc id="{identity}-d">{html.escape(last)}</desc>{"".join(parts)}</svg>'
         f"<details><summary>Numbers</summary>{_numbers(lines)}</details></figure>"
     )
+
+
+def standalone(page: str, style: str) -> Iterable[tuple[str, str]]:
+    """(name, file) of every chart in a page, drawn as there: with the page's style inside."""
+    for name, drawing in re.findall(r'<figure id="c-([^"]+)">.*?<svg ([^>]*>.*?</svg>)', page, re.S):
+        first, _, rest = drawing.partition(">")
+        yield name, f'<svg xmlns="http://www.w3.org/2000/svg" {first}><style>{html.escape(style)}</style>{rest}\n'
 
 
 def _numbers(lines: Sequence[Line]) -> str:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import html.parser
 import json
 import math
 import re
 import shutil
 import subprocess
+import xml.etree.ElementTree
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from fdscale import cli, report
+from fdscale import UserError, cli, report
 from fdscale.report import flat, page, points, read_metrics
 from fdscale.svg import Line, chart, short, thinned, ticks
 
@@ -113,6 +115,38 @@ def test_two_runs_stand_beside_each_other(run: Path, tmp_path: Path) -> None:
     assert "optim.lr" in found.text
     assert "student.model" not in found.text
     assert "The same in both." in parsed(page(run, write_run(tmp_path / "again"), [])).text
+
+
+def test_what_a_page_shows_is_there_as_files(run: Path, tmp_path: Path) -> None:
+    other, folder = write_run(tmp_path / "other", lr=3e-3), tmp_path / "data"
+    assert cli.main(["report", str(run), "--compare", str(other), "--data", str(folder)]) == 0
+    rows = list(csv.reader((folder / "curves.csv").open()))
+    assert rows[0] == ["run", "step", "key", "value"]
+    assert ["other", "0", "lr", "0.003"] in rows
+    assert sum(row[:3] == ["run <1>", "39", "heldout_miou"] for row in rows) == 1
+    assert sum(row[2] == "loss" for row in rows) == 80
+    about = json.loads((folder / "report.json").read_text())
+    assert [(one["name"], one["config"]["optim"]["lr"]) for one in about] == [("run <1>", 1e-3), ("other", 3e-3)]
+    assert about[0]["step"] == 40
+    charts = {path.stem for path in folder.glob("*.svg")}
+    assert {"loss", "lr", "grad_norm", "heldout_miou", "loss_decode"} <= charts
+    for path in folder.glob("*.svg"):
+        root = xml.etree.ElementTree.parse(path).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert root.find("{http://www.w3.org/2000/svg}title").text
+
+
+def test_a_diagnosis_is_shown_as_a_table(run: Path, tmp_path: Path) -> None:
+    block = {"distance_px": [3.0, 9.5], "similarity": math.nan, "diagonality": [0.25, 0.75], "columns": [0.5]}
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found/diagnosis.json").write_text(json.dumps({"subjects": [{"name": "<s>", "blocks": [block] * 2}]}))
+    found = parsed(page(run, None, [tmp_path / "found"]))
+    assert "diagnosis" in found.identities
+    for text in ("<s>", "3.0 to 9.5", "0.500", "nan"):
+        assert text in found.text
+    (tmp_path / "found/diagnosis.json").write_text("{}")
+    with pytest.raises(UserError, match="is not what `fdscale diagnose` writes"):
+        page(run, None, [tmp_path / "found"])
 
 
 def test_torn_lines_and_missing_files_are_passed_over(run: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every command of docs/tutorial-data.md, run in a shell as it stands there, on small photographs."""
+"""Every command of the tutorials, run in a shell as it stands there, with the files that readers are told to save."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers import ROOT, outside
 from PIL import Image
 from skimage import data
 
-PAGE = ROOT / "docs" / "tutorial-data.md"
+DOCS = ROOT / "docs"
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -28,31 +28,41 @@ def commands(text: str) -> list[tuple[str, int]]:
     return [(line, int(code[1]) if (code := re.search(r"# exit code (\d+)", line)) else 0) for line in lines]
 
 
+def follow(page: str, folder: Path) -> dict[str, str]:
+    """Do what a page says in a folder, and see that it prints what the page shows; the output by command."""
+    text = (DOCS / page).read_text()
+    for block in blocks(text, "python"):  # the first line is the name under which it is to be saved
+        (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, call in (("fdscale", "-m fdscale.cli"), ("python", "")):
+        (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {call} "$@"\n')
+        (programs / name).chmod(0o755)
+    environment = outside()
+    environment["PATH"] = f"{programs}:{environment['PATH']}"
+    printed = {}
+    for command, code in commands(text):
+        done = subprocess.run(
+            command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
+        printed[command] = done.stdout + done.stderr
+    shown = " ".join(" ".join(printed.values()).split())
+    for line in "".join(blocks(text, "")).splitlines():
+        if not line.startswith("photos/"):
+            assert " ".join(line.removesuffix("...").split()) in shown, line
+    return printed
+
+
 @pytest.mark.slow
-def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
+def test_from_photographs_to_a_resumed_run(tmp_path: Path) -> None:
     for name in ("astronaut", "chelsea", "coffee"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         image = Image.fromarray(getattr(data, name)())
         for part in range(8):
             box = (20 * part, 15 * part, 20 * part + 240, 15 * part + (200 if part % 2 else 140))
             image.crop(box).save(tmp_path / "photos" / name / f"{part}.jpg", quality=92)
-    shim = tmp_path / "bin" / "fdscale"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m fdscale.cli "$@"\n')
-    shim.chmod(0o755)
-    environment = outside()
-    environment["PATH"] = f"{shim.parent}:{environment['PATH']}"
-    printed = {}
-    for command, code in commands(PAGE.read_text()):
-        done = subprocess.run(
-            command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == code, f"{command}\n{done.stdout}{done.stderr}"
-        printed[command] = done.stdout + done.stderr
-    shown = " ".join(" ".join(printed.values()).split())
-    for line in "".join(blocks(PAGE.read_text(), "")).splitlines():
-        if not line.startswith("photos/"):
-            assert " ".join(line.removesuffix("...").split()) in shown, line
+    printed = follow("tutorial-data.md", tmp_path)
     log = (tmp_path / "runs" / "photos" / "samples-0.log").read_text().splitlines()
     rows = [line.split("\t") for line in log]
     assert [int(number) for number, _, _ in rows] == list(range(96))
@@ -61,3 +71,13 @@ def test_every_command_of_the_tutorial(tmp_path: Path) -> None:
     left_out = tmp_path / "shards" / "damaged" / "index" / "left-out.jsonl"
     assert all({"shard", "key", "reason"} == set(json.loads(line)) for line in left_out.read_text().splitlines())
     assert sum("no problems" in text for text in printed.values()) == 2
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_from_images_and_an_own_teacher_to_a_classifier(tmp_path: Path) -> None:
+    printed = follow("tutorial-classifier.md", tmp_path)
+    assert json.loads((tmp_path / "classifier.json").read_text())["top1"] > 0.85
+    assert any(re.search(r"linear +[6-9]\d\.\d\d%", text) for text in printed.values())
+    assert {path.name for path in (tmp_path / "diagnosis").iterdir()} >= {"diagnosis.json", "heads.png", "offsets.png"}
+    assert (tmp_path / "digits.html").read_text().count("data:image/png") >= 2
