@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -21,8 +22,8 @@ from torch import Tensor, nn
 from fdscale import UserError, assemble, config, dist, landscapes, student
 from fdscale.data.augment import eval_view
 from fdscale.diagnose import heads
-from fdscale.diagnose.attention import Attended, has_attention, watched
-from fdscale.diagnose.features import Likeness, Moments
+from fdscale.diagnose.attention import Attended, block_outputs, has_attention, watched
+from fdscale.diagnose.features import LayerLikeness, Likeness, Moments
 from fdscale.diagnose.heads import Heads, Look
 from fdscale.engine.initialize import materialise, prepare_environment
 from fdscale.evaluate import find
@@ -31,27 +32,40 @@ from fdscale.landscapes import Wanted
 from fdscale.objective import whiten
 from fdscale.starts import write_atomically
 
+SHOWN = 5  # images whose maps are drawn
+
 
 class Subject(NamedTuple):
     """A network that is looked at. tokens: of RGB (B, 3, H, W) in [0, 1], (B, L, C) with `prefix` in front of the
-    grid's. size: (height, width) of the images as the network itself gets them. trained: settings and weights, None of
-    a teacher."""
+    grid's, (h, w) tokens. size: (height, width) of the images as the network itself gets them. trained: settings and
+    weights, None of a teacher."""
 
     name: str
     network: nn.Module
     tokens: Callable[[Tensor], Tensor]
     prefix: int
+    grid: tuple[int, int]
     size: tuple[int, int]
     trained: tuple[config.Config, Path | str] | None = None
 
 
 class Found(NamedTuple):
     """What was seen of a subject: its heads by block, none of a network without attention; its tokens as they come and
-    whitened."""
+    whitened; and the whitened maps (n, h, w, C) of the images that are shown."""
 
     looks: list[Look]
     raw: Any
     whitened: Any
+    maps: Tensor
+
+
+class Together(NamedTuple):
+    """What was seen of all subjects: `tokens` (subjects, subjects), linear CKA of their mean tokens; `blocks`, the same
+    of the outputs of all blocks of all subjects, one subject after the other; images (n, 3, H, W) uint8 to show."""
+
+    tokens: Tensor
+    blocks: Tensor | None
+    images: Tensor
 
 
 def main(
@@ -67,20 +81,20 @@ def main(
     around = {}
     if landscape is not None:
         around = _landscapes(subjects, images, Wanted(landscape, points, reach, seeds))
-    found, likeness = look(settings, subjects, images)
+    found, together = look(settings, subjects, images)
     if dist.rank() == 0:
-        report = as_data(subjects, found, likeness) | ({"landscapes": around} if around else {})
+        report = as_data(subjects, found, together) | ({"landscapes": around} if around else {})
         folder = Path(out)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "diagnosis.json", json_module.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{out}: could not be written ({error}); name another with --out") from None
-        pictures(subjects, found, folder)
+        pictures(subjects, found, together, folder)
         if around:
-            from fdscale.diagnose.plots import landscape as plot
+            from fdscale.diagnose import plots
 
-            plot(around, folder / "landscape.png")
+            plots.landscape(around, folder / "landscape.png")
         print(json_module.dumps(report) if json else f"{for_a_person(report)}\npictures and numbers: {folder}")
     dist.close()
     return 0
@@ -116,7 +130,7 @@ def _student(settings: config.Config, weights: Path | str, name: str) -> Subject
     network.eval()
     size = (settings.data.image_size,) * 2
     tokens = lambda images: network(normalise(images, torch.float32))  # noqa: E731
-    return Subject(name, network, tokens, len(network.prefix), size, (settings, weights))
+    return Subject(name, network, tokens, len(network.prefix), network.grid(size), size, (settings, weights))
 
 
 def _landscapes(subjects: list[Subject], images: int, wanted: Wanted) -> dict[str, dict[str, Any]]:
@@ -135,12 +149,13 @@ def _teacher(settings: config.Config, name: str) -> Subject:
         raise UserError(f"the recipe has no teacher {name!r}: it has {', '.join(filter(None, known)) or 'none'}")
     teacher = assemble.build_teacher(settings, name).to(dist.device())
     size = teacher.image_size or (settings.data.image_size,) * 2
-    return Subject(name or "teacher", teacher.network, teacher, len(teacher.prefix), size)
+    grid = teacher.grid((settings.data.image_size,) * 2)
+    return Subject(name or "teacher", teacher.network, teacher, len(teacher.prefix), grid, size)
 
 
 @torch.no_grad()
-def look(settings: config.Config, subjects: list[Subject], images: int) -> tuple[list[Found], Tensor]:
-    """Of so many images of data.heldout_shards; and (subjects, subjects) linear CKA of mean tokens; a collective."""
+def look(settings: config.Config, subjects: list[Subject], images: int) -> tuple[list[Found], Together]:
+    """At so many images of data.heldout_shards; a collective."""
     index = open_heldout(settings.data)
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
@@ -149,33 +164,45 @@ def look(settings: config.Config, subjects: list[Subject], images: int) -> tuple
     view = functools.partial(eval_view, size=data.image_size, interpolation=data.interpolation, decoding=data.decode)
     gathered: list[dict[int, Heads]] = [{} for _ in subjects]
     moments = [(Moments(), Moments()) for _ in subjects]
-    likeness = Likeness(len(subjects), len(subjects))
+    likeness, layers = Likeness(len(subjects), len(subjects)), LayerLikeness()
+    shown: list[list[Tensor]] = [[] for _ in range(1 + len(subjects))]  # images, and the maps of each subject
     with Progress(console=Console(stderr=True), transient=True, disable=dist.rank() != 0) as progress:
         bar = progress.add_task("images", total=images)
         for batch in heldout_batches(dataclasses.replace(settings, data=data), index, view):
             counted, seen = batch["weights"].bool(), to_device(batch["images"])
-            means = []
-            for subject, blocks, (raw, whitened) in zip(subjects, gathered, moments, strict=True):
+            means, outputs = [], []
+            room = SHOWN - sum(map(len, shown[0]))
+            shown[0].append(batch["images"][counted][:room])
+            for subject, blocks, (raw, whitened), maps in zip(subjects, gathered, moments, shown[1:], strict=True):
                 see = functools.partial(_see, blocks, counted)
-                tokens = _tokens(subject, seen, see)[counted.to(seen.device)][:, subject.prefix :]
+                tokens = _tokens(subject, seen, see, outputs)[counted.to(seen.device)][:, subject.prefix :]
                 if not tokens.isfinite().all():
                     raise UserError(f"features of {subject.name} are not finite")
                 raw.add(tokens)
                 whitened.add(whiten(tokens))
                 means.append(tokens.mean(1))
+                maps.append(whiten(tokens[:room]).unflatten(1, subject.grid).cpu())
             likeness.add(means, means)
+            layers.add(batch["numbers"][counted].tolist(), [one[counted.to(one.device)] for one in outputs])
             progress.update(bar, advance=len(batch["numbers"]) * dist.world())
     found = []
-    for blocks, (raw, whitened) in zip(gathered, moments, strict=True):
+    for blocks, (raw, whitened), maps in zip(gathered, moments, shown[1:], strict=True):
         looks = [blocks[number].result() for number in sorted(blocks)]
-        found.append(Found(looks, raw.result(), whitened.result()))
-    return found, likeness.result()
+        found.append(Found(looks, raw.result(), whitened.result(), torch.cat(maps)))
+    some = any(one.looks for one in found)
+    return found, Together(likeness.result(), layers.result() if some else None, torch.cat(shown[0]))
 
 
-def _tokens(subject: Subject, images: Tensor, see: Callable[[int, Attended], None]) -> Tensor:
+def _tokens(subject: Subject, images: Tensor, see: Callable[[int, Attended], None], outputs: list[Tensor]) -> Tensor:
+    """A subject's tokens; mean tokens of its blocks go to `outputs`."""
     if not has_attention(subject.network):
         return subject.tokens(images)
-    with watched(subject.network, subject.size, see):
+
+    def give(number: int, output: Tensor) -> None:
+        places = output[:, subject.prefix :] if output.ndim == 3 else output.flatten(1, 2)
+        outputs.append(places.mean(1))
+
+    with watched(subject.network, subject.size, see), block_outputs(subject.network, give):
         return subject.tokens(images)
 
 
@@ -183,7 +210,7 @@ def _see(blocks: dict[int, Heads], counted: Tensor, number: int, attended: Atten
     blocks.setdefault(number, Heads()).add(attended, counted)
 
 
-def as_data(subjects: list[Subject], found: list[Found], likeness: Tensor) -> dict[str, Any]:
+def as_data(subjects: list[Subject], found: list[Found], together: Together) -> dict[str, Any]:
     """Plain numbers."""
     return {
         "subjects": [
@@ -205,7 +232,8 @@ def as_data(subjects: list[Subject], found: list[Found], likeness: Tensor) -> di
             }
             for subject, one in zip(subjects, found, strict=True)
         ],
-        "cka_of_mean_tokens": likeness.tolist(),
+        "cka_of_mean_tokens": together.tokens.tolist(),
+        "cka_of_blocks": None if together.blocks is None else together.blocks.tolist(),
     }
 
 
@@ -244,20 +272,44 @@ def for_a_person(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def pictures(subjects: list[Subject], found: list[Found], folder: Path) -> None:
-    """heads.png: distance and likeness by depth; offsets.png: where heads look, of the first, middle and last block."""
-    from fdscale.diagnose.plots import by_depth, offset_maps
+def pictures(subjects: list[Subject], found: list[Found], together: Together, folder: Path) -> None:
+    """features.jpg: maps of some images. heads.png: distance and likeness by depth; offsets.png and average.png: where
+    heads look, of the first, middle and last block; blocks.png: how alike blocks are. maps.npz: where heads look."""
+    from fdscale.diagnose import plots
 
+    images = [image.permute(1, 2, 0).numpy() / 255 for image in together.images]
+    rows = []
+    for one in found:
+        maps = one.maps.numpy()
+        basis = plots.pca_to_rgb(maps.reshape(-1, maps.shape[-1]))
+        rows.append([plots.project(map_, basis) for map_ in maps])
+    plots.picture_table(
+        [images, *rows],
+        ["image", *(subject.name for subject in subjects)],
+        [""] * len(images),
+        "Whitened feature maps",
+        "Colours: the three main directions (PCA) of a network's features in these images,\nof each network its own.",
+        folder / "features.jpg",
+    )
     seen = [(subject.name, one.looks) for subject, one in zip(subjects, found, strict=True) if one.looks]
     if not seen:
         return
-    by_depth(
-        [
-            (name, [look.distance.tolist() for look in looks], [look.likeness() for look in looks])
-            for name, looks in seen
-        ],
-        folder / "heads.png",
-    )
-    offset_maps(
-        [(name, [look.offsets.mean(0).numpy() for look in looks]) for name, looks in seen], folder / "offsets.png"
-    )
+    by_depth = [
+        (name, [look.distance.tolist() for look in looks], [look.likeness() for look in looks]) for name, looks in seen
+    ]
+    plots.by_depth(by_depth, folder / "heads.png")
+    offsets = [(name, [look.offsets.mean(0).numpy() for look in looks]) for name, looks in seen]
+    averages = [(name, [look.average.mean(0).numpy() for look in looks]) for name, looks in seen]
+    plots.offset_maps(offsets, folder / "offsets.png")
+    plots.average_maps(averages, folder / "average.png")
+    if together.blocks is not None:
+        plots.block_likeness(
+            [(name, len(looks)) for name, looks in seen], together.blocks.numpy(), folder / "blocks.png"
+        )
+    arrays = {
+        f"{name}/{kind}/{number}": map_
+        for kind, maps in (("offsets", offsets), ("average", averages))
+        for name, blocks in maps
+        for number, map_ in enumerate(blocks)
+    }
+    np.savez_compressed(folder / "maps.npz", **arrays)  # type: ignore[arg-type]

@@ -85,6 +85,24 @@ def watched(network: nn.Module, size: tuple[int, int], see: See) -> Iterator[Non
             attn.fused_attn = was
 
 
+@contextmanager
+def block_outputs(network: nn.Module, see: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within it, each block that `watched` knows calls see(its number, what it gives: (B, N, C) or (B, h, w, C))."""
+
+    def given(number: int, block: nn.Module, arguments: Any, output: Any) -> None:
+        see(number, (output[0] if isinstance(output, tuple) else output).detach())
+
+    handles = [
+        block.register_forward_hook(functools.partial(given, number))
+        for number, (block, _) in enumerate(_blocks(network))
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def has_attention(network: nn.Module) -> bool:
     """Whether `watched` finds a block in it."""
     return next(_blocks(network), None) is not None

@@ -105,3 +105,31 @@ class Likeness:
                 for i in range(self._left)
             ]
         )
+
+
+class LayerLikeness:
+    """Linear CKA between any two sets of features of the same images, many sets of few images: rows are kept, of the
+    first `most` images, since products of all pairs of wide layers would not fit."""
+
+    def __init__(self, most: int = 512) -> None:
+        self._most = most
+        self._rows: dict[int, list[Tensor]] = {}
+
+    def add(self, numbers: list[int], sets: list[Tensor]) -> None:
+        """Rows (n, C_i) of each set, of images with these numbers."""
+        for place, number in enumerate(numbers):
+            if number < self._most:
+                self._rows[number] = [one[place].float().cpu() for one in sets]
+
+    def result(self) -> Tensor:
+        """(sets, sets) over the images of all ranks; a collective."""
+        rows = {number: row for part in dist.gather(self._rows) for number, row in part.items()}
+        kept = [rows[number] for number in sorted(rows)]
+        grams = []
+        for layer in zip(*kept, strict=True):
+            centred = torch.stack(layer).double()
+            centred = centred - centred.mean(0)
+            gram = (centred @ centred.t()).flatten()
+            grams.append(gram / gram.norm().clamp_min(1e-300))
+        together = torch.stack(grams)
+        return together @ together.t()

@@ -87,6 +87,18 @@ def by_depth(subjects: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[f
 
 def offset_maps(subjects: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path) -> None:
     """Of each (name, mean weight by (key - query) of each block): first, middle and last block, logarithmic."""
+    axes = ("where the key lies from the query: tokens across", "tokens down")
+    _three_maps(subjects, axes, centred=True, path=path)
+
+
+def average_maps(subjects: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path) -> None:
+    """Of each (name, mean weight (N, N) of query and key of each block): first, middle and last block, logarithmic."""
+    _three_maps(subjects, ("key, tokens row by row", "query"), centred=False, path=path)
+
+
+def _three_maps(
+    subjects: Sequence[tuple[str, Sequence[np.ndarray]]], labels: tuple[str, str], centred: bool, path: Path
+) -> None:
     figure, grid = plt.subplots(
         len(subjects), 3, figsize=(9, 2.9 * len(subjects) + 0.4), layout="constrained", squeeze=False
     )
@@ -97,13 +109,30 @@ def offset_maps(subjects: Sequence[tuple[str, Sequence[np.ndarray]]], path: Path
         for number, axes in zip(chosen, row, strict=False):
             seen = maps[number]
             height, width = seen.shape[0] // 2, seen.shape[1] // 2
-            extent = (-width - 0.5, width + 0.5, height + 0.5, -height - 0.5)
+            extent = (-width - 0.5, width + 0.5, height + 0.5, -height - 0.5) if centred else None
             shown = axes.imshow(np.log10(np.maximum(seen, 1e-6)), cmap="cividis", extent=extent)
             axes.set_title(f"{name}, block {number}", fontsize=10)
             figure.colorbar(shown, ax=axes, shrink=0.8, label="log10 of mean weight")
-    figure.supxlabel("where the key lies from the query: tokens across", fontsize=10)
-    figure.supylabel("tokens down", fontsize=10)
+    figure.supxlabel(labels[0], fontsize=10)
+    figure.supylabel(labels[1], fontsize=10)
     figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def block_likeness(subjects: Sequence[tuple[str, int]], values: np.ndarray, path: Path) -> None:
+    """CKA (n, n) of the blocks of all (name, number of blocks), one subject after the other."""
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    shown = axes.imshow(values, vmin=0, vmax=1, cmap="cividis")
+    edges = np.cumsum([0, *(count for _, count in subjects)]) - 0.5
+    for edge in edges[1:-1]:
+        axes.axhline(edge, color="white", linewidth=1.5)
+        axes.axvline(edge, color="white", linewidth=1.5)
+    middles = (edges[:-1] + edges[1:]) / 2
+    axes.set_xticks(middles, [name for name, _ in subjects])
+    axes.set_yticks(middles, [name for name, _ in subjects], rotation=90, va="center")
+    axes.set_title("Likeness of blocks, from the input on", fontsize=11)
+    figure.colorbar(shown, ax=axes, label="linear CKA of mean tokens")
+    figure.savefig(path, dpi=120)
     plt.close(figure)
 
 

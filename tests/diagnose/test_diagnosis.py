@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import run_cli, sets
 from PIL import Image
@@ -48,9 +49,13 @@ def test_a_student_beside_its_teacher(student_of_a_vit: Path, shards: Path, tmp_
         )
         assert done.returncode == 0, done.stderr
         assert "teacher (ViT)" in done.stdout
-        assert {path.name for path in out.iterdir()} == {"diagnosis.json", "heads.png", "offsets.png"}
-        for name in ("heads.png", "offsets.png"):
+        pictures = {"heads.png", "offsets.png", "average.png", "blocks.png", "features.jpg"}
+        assert {path.name for path in out.iterdir()} == {"diagnosis.json", "maps.npz", *pictures}
+        for name in pictures:
             assert min(Image.open(out / name).size) > 300
+        maps = np.load(out / "maps.npz")
+        assert maps["teacher/average/2"].shape == (64, 64)
+        assert maps["student/offsets/3"].shape == (7, 7)
         found[ranks] = json.loads((out / "diagnosis.json").read_text())
     student, teacher = found[1]["subjects"]
     assert (student["network"], teacher["network"]) == ("SwinV2", "ViT")
@@ -63,6 +68,12 @@ def test_a_student_beside_its_teacher(student_of_a_vit: Path, shards: Path, tmp_
             assert all(0 < distance < 64 for distance in block["distance_px"])
     assert max(student["blocks"][0]["distance_px"]) < 4 * 4 * 2**0.5  # within a window
     assert found[1]["cka_of_mean_tokens"][0][0] == pytest.approx(1)
+    blocks = np.array(found[1]["cka_of_blocks"])
+    assert blocks.shape == (7, 7)
+    assert np.allclose(blocks, np.array(found[2]["cka_of_blocks"]), atol=1e-3)
+    assert np.allclose(blocks.diagonal(), 1)
+    assert np.allclose(blocks, blocks.T)
+    assert ((blocks >= 0) & (blocks <= 1 + 1e-9)).all()
     for one, other in zip(found[1]["subjects"], found[2]["subjects"], strict=True):
         assert one["features"]["raw"]["mean"] == pytest.approx(other["features"]["raw"]["mean"], abs=1e-5)
         for a, b in zip(one["blocks"], other["blocks"], strict=True):

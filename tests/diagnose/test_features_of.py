@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fdscale.diagnose.features import Likeness, Moments, effective_rank
+from fdscale.diagnose.features import LayerLikeness, Likeness, Moments, effective_rank
 
 
 def cka(x: np.ndarray, y: np.ndarray) -> float:
@@ -46,3 +46,17 @@ def test_effective_rank_and_channels() -> None:
     assert torch.allclose(found.std, flat.std(0, correction=0), atol=1e-9)
     wanted = torch.linalg.svdvals(flat - flat.mean(0)).square() / 100
     assert torch.allclose(found.eigenvalues, wanted, atol=1e-9)
+
+
+def test_cka_of_many_layers_is_the_same_and_keeps_the_first_images_alone() -> None:
+    rng = np.random.default_rng(1)
+    layers = [rng.normal(size=(50, 6)).astype(np.float32) + place for place in range(3)]
+    layers.append(layers[0] * 3 + 0.1 * layers[1])
+    found = LayerLikeness(most=40)
+    for numbers in (list(range(25, 50)), list(range(25))):
+        found.add(numbers, [torch.from_numpy(layer[numbers]) for layer in layers])
+    result = found.result()
+    assert result.shape == (4, 4)
+    for i, x in enumerate(layers):
+        for j, y in enumerate(layers):
+            assert result[i, j].item() == pytest.approx(cka(x[:40].astype(float), y[:40].astype(float)), rel=1e-6)
