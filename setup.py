@@ -14,13 +14,14 @@ HERE = Path(__file__).parent
 
 
 class Build(build_py):
-    """Also takes the job scripts along, which stand beside the package, and builds the CUDA kernels where asked to."""
+    """Also takes along job scripts and ds_configs, which stand beside the package, and builds CUDA kernels if asked."""
 
     def run(self):
         super().run()
         package = HERE / "fdscale" if self.editable_mode else Path(self.build_lib, "fdscale").resolve()
         if not self.editable_mode:
-            shutil.copytree(HERE / "slurm", package / "slurm", dirs_exist_ok=True)
+            for name in ("slurm", "ds_configs"):
+                shutil.copytree(HERE / name, package / name, dirs_exist_ok=True)
         if os.environ.get("FDSCALE_BUILD_CUDA") == "1":
             out = package / "kernels" / "libfdscale_cuda.so"
             subprocess.run([sys.executable, HERE / "fdscale" / "kernels" / "build.py", "--out", out], check=True)

@@ -183,13 +183,13 @@ def snapshot(folder: Path, scripts: Path, ds: str | None, configs: dict[str, con
     """Everything that the job reads, as it is now: later edits change neither a queued nor a requeued job."""
     try:
         folder.mkdir(parents=True)
-        without = shutil.ignore_patterns("__pycache__", "slurm")
+        without = shutil.ignore_patterns("__pycache__", "slurm", "ds_configs")
         shutil.copytree(PACKAGE, folder / "fdscale", ignore=without)
         shutil.copytree(scripts, folder / "slurm")
         for path, settings in configs.items():
             Path(path).write_text(config.dump(settings))
         if ds:
-            shutil.copyfile(ds, folder / "ds_config.json")
+            shutil.copyfile(ds_config.find(ds), folder / "ds_config.json")
         if (ROOT / ".git").exists():
             (folder / "COMMIT").write_text(_git("describe", "--always", "--dirty"))
             (folder / "changes.diff").write_text(_git("diff", "HEAD"))

@@ -44,7 +44,7 @@ class Sizes:
     distilled: int = 8
     finetuned: int = 15
     seeds: int = 4
-    rates: tuple[float, ...] = (1e-3, 3e-3, 6e-3)
+    rates: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
     width: int = 64
     depth: int = 4
 

@@ -13,6 +13,9 @@ from typing import Any
 
 from fdscale import UserError
 
+PACKAGE = Path(__file__).resolve().parents[1]
+SHIPPED = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")  # where it was installed; in a source tree
+
 # Keys that the recipe owns, and the recipe's key for each.
 OWNED_BY_RECIPE = {
     "train_batch_size": "optim.batch_size",
@@ -86,17 +89,30 @@ REFUSED = {
 OFFLOAD = ("device", "pin_memory")
 
 
+def find(path: str) -> Path:
+    """The file of a ds_config; ds_configs/NAME.json, or NAME alone, may be one that came with fdscale.
+
+    Raises UserError where there is none.
+    """
+    if Path(path).is_file():
+        return Path(path)
+    name = Path(path).name.removesuffix(".json")
+    shipped = next(folder for folder in SHIPPED if folder.is_dir()) / f"{name}.json"
+    if path in (name, f"ds_configs/{name}.json") and shipped.is_file():
+        return shipped
+    known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.json")))
+    raise UserError(f"{path}: no such ds_config file; those that come with fdscale: {known}")
+
+
 def read(path: str | None) -> dict[str, Any]:
-    """Read and check a ds_config; None: ZeRO 0 in float32.
+    """Read and check a ds_config, see `find`; None: ZeRO 0 in float32.
 
     Raises UserError for a key that the recipe owns, "auto" (which DeepSpeed drops silently outside Hugging Face),
     unknown keys, stages and offloads that do not exist, and precisions that DeepSpeed cannot train well.
     """
     if path is None:
         return {"zero_optimization": {"stage": 0}}
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such ds_config file; examples are in ds_configs/")
+    file = find(path)
     try:
         ds = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:

@@ -199,7 +199,8 @@ def test_setup_builds_the_library_into_the_wheel_and_it_loads(tmp_path, monkeypa
         pytest.skip(str(reason))
     source = tmp_path / "source"
     shutil.copytree(ROOT / "fdscale", source / "fdscale", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    shutil.copytree(ROOT / "slurm", source / "slurm")
+    for name in ("slurm", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name)
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", str(source)]
