@@ -81,7 +81,7 @@ setup(
             "foolbox==3.3.4",  # for its photographs, as the next
             "sporco==0.2.2.post1",
         ],
-        "docs": ["mkdocs-material>=9.5"],  # the documentation as a site
+        "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.30"],  # the documentation as a site
         "dev": [
             "pytest>=8.0",
             "pytest-xdist>=3.6",  # for the inner loop

@@ -28,6 +28,33 @@ TAKEN = {  # path in the repository -> in the site
     "ds_configs/README.md": "ds_configs.md",
     "slurm/README.md": "slurm.md",
 }
+PYTHON = {  # what is meant for other people's Python code
+    "Runs": (
+        "config.load", "distill.distill", "finetune.finetune", "evaluate.measure", "export.export", "config.recipes",
+    ),
+    "Networks": (
+        "models.swin_v2.SwinV2", "models.vit.ViT", "models.teachers.load_teacher", "models.frozen.Teacher",
+        "student.backbone", "student.read_weights",
+    ),
+    "Objective and kernels": (
+        "objective.whiten", "objective.feature_loss", "objective.Distiller", "kernels.attention.window_attention",
+    ),
+    "Data": (
+        "data.shards.make", "data.index.open_index", "data.index.Index", "data.order.Order", "data.stream.Samples",
+        "data.stream.batches",
+    ),
+    "Checkpoints": ("engine.checkpoint.newest_valid", "engine.checkpoint.verify", "engine.checkpoint.Reader"),
+    "Tasks": (
+        "job.Task", "tasks.classification.Classifier", "tasks.upernet.UPerNet", "tasks.mask2former.Mask2Former",
+        "tasks.detection.Detector",
+    ),
+    "Diagnosis": (
+        "diagnose.attention.watched", "diagnose.heads.Heads", "diagnose.heads.Look", "diagnose.features.Moments",
+        "diagnose.features.Likeness", "diagnose.features.LayerLikeness", "diagnose.landscape.direction",
+        "diagnose.landscape.surface", "diagnose.landscape.sharpness",
+    ),
+    "Errors": ("UserError",),
+}  # fmt: skip
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -35,7 +62,7 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages."""
     for path, name in TAKEN.items():
         files.append(File.generated(config, name, content=(ROOT / path).read_text()))
-    for name, text in (("keys", keys()), ("verbs", verbs()), ("recipes", recipes())):
+    for name, text in (("keys", keys()), ("verbs", verbs()), ("recipes", recipes()), ("python", python())):
         files.append(File.generated(config, f"reference/{name}.md", content=text))
     return files
 
@@ -99,4 +126,13 @@ def recipes() -> str:
     lines = ["# Recipes\n", "`fdscale recipes NAME` shows one, `fdscale distill` or `fdscale finetune NAME` runs it.\n"]
     for name, path in config.recipes().items():
         lines.append(f"## {name}\n\n```yaml\n{path.read_text().rstrip()}\n```\n")
+    return "\n".join(lines)
+
+
+def python() -> str:
+    """Docstrings of PYTHON, by mkdocstrings."""
+    lines = ["# Python\n", "What other people's code may call. All else may change without a word in the changelog.\n"]
+    for title, names in PYTHON.items():
+        lines.append(f"## {title}\n")
+        lines += [f"::: fdscale.{name}\n" for name in names]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json as json_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,6 +78,8 @@ def main(
     dist.init()
     if images < 1:
         raise UserError(f"--images must be at least 1, got {images}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("pictures need matplotlib, which is not installed: pip install matplotlib")
     settings, subjects = _subjects(source, run, weights, set, teacher, compare)
     around = {}
     if landscape is not None:
@@ -119,7 +122,11 @@ def _subjects(
             assert checkpoint is not None
             theirs = dataclasses.replace(theirs, data=settings.data)
             others.append(_student(theirs, checkpoint, Path(one).name))
-    return settings, [first, *others]
+    names: list[str] = []
+    for subject in (first, *others):
+        same = sum(name.split(" (")[0] == subject.name for name in names)
+        names.append(f"{subject.name} ({same + 1})" if same else subject.name)
+    return settings, [one._replace(name=name) for one, name in zip((first, *others), names, strict=True)]
 
 
 def _student(settings: config.Config, weights: Path | str, name: str) -> Subject:
@@ -279,18 +286,19 @@ def pictures(subjects: list[Subject], found: list[Found], together: Together, fo
 
     images = [image.permute(1, 2, 0).numpy() / 255 for image in together.images]
     rows = []
-    for one in found:
+    for one in found if images else ():
         maps = one.maps.numpy()
         basis = plots.pca_to_rgb(maps.reshape(-1, maps.shape[-1]))
         rows.append([plots.project(map_, basis) for map_ in maps])
-    plots.picture_table(
-        [images, *rows],
-        ["image", *(subject.name for subject in subjects)],
-        [""] * len(images),
-        "Whitened feature maps",
-        "Colours: the three main directions (PCA) of a network's features in these images,\nof each network its own.",
-        folder / "features.jpg",
-    )
+    if images:  # those of the first rank, which may have got none that can be read
+        plots.picture_table(
+            [images, *rows],
+            ["image", *(subject.name for subject in subjects)],
+            [""] * len(images),
+            "Whitened feature maps",
+            "Colours: the three main directions (PCA) of a network's features in these images,\neach network's own.",
+            folder / "features.jpg",
+        )
     seen = [(subject.name, one.looks) for subject, one in zip(subjects, found, strict=True) if one.looks]
     if not seen:
         return

@@ -133,6 +133,24 @@ def test_heavy_packages_have_one_home(package: str) -> None:
     assert not strangers, f"{package} belongs in {HOMES[package]}"
 
 
+INHERITED = {"forward", "write", "close", "construct_mapping"}  # said where they are declared
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_all_that_is_public_says_what_it_is(path: Path) -> None:
+    def silent(node: ast.Module | ast.ClassDef, prefix: str) -> Iterator[str]:
+        for one in node.body:
+            if isinstance(one, (ast.FunctionDef, ast.ClassDef)) and one.name[0] != "_":
+                if not ast.get_docstring(one) and one.name not in INHERITED:
+                    yield f"{prefix}{one.name}"
+                if isinstance(one, ast.ClassDef):
+                    yield from silent(one, f"{one.name}.")
+
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or path.name == "__init__.py", f"{path} has no docstring"
+    assert not list(silent(tree, "")), path
+
+
 def test_files_and_functions_stay_small() -> None:
     """Good trees of this field have no tail: no 440-line main, no 350-line constructor."""
     for path in FILES:

@@ -13,6 +13,7 @@ import pytest
 from helpers import ROOT
 
 from fdscale import config
+from fdscale.kernels.attention import window_attention
 
 pytest.importorskip("mkdocs")
 pytestmark = pytest.mark.slow
@@ -53,6 +54,10 @@ def test_the_reference_is_complete(site: Path) -> None:
         assert _words(entry.metadata["doc"]) in keys, key
     for verb in ("distill", "shards make", "bench step", "report"):
         assert f"usage: fdscale {verb}" in verbs
+    python = words("python")
+    for name in ("config.load", "models.swin_v2.SwinV2", "kernels.attention.window_attention", "UserError"):
+        assert f"fdscale.{name}" in python
+    assert _words(str(window_attention.__doc__).splitlines()[0]) in python
     for path in config.recipes().values():
         assert _words(path.read_text()) in recipes, path
 

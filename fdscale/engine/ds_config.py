@@ -97,7 +97,7 @@ def find(path: str) -> Path:
     if Path(path).is_file():
         return Path(path)
     name = Path(path).name.removesuffix(".json")
-    shipped = next(folder for folder in SHIPPED if folder.is_dir()) / f"{name}.json"
+    shipped = next((folder for folder in SHIPPED if folder.is_dir()), SHIPPED[0]) / f"{name}.json"
     if path in (name, f"ds_configs/{name}.json") and shipped.is_file():
         return shipped
     known = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.json")))
