@@ -31,6 +31,7 @@ VERBS = {  # and their tasks
     "finetune": ("finetune", "segment", "detect"),
     "evaluate": ("finetune", "segment", "detect"),
 }
+MODELS, OWN = ("swin_v2", "vit"), "python:"  # of students: ours, and what the names of others begin with
 LABELLED = {
     "finetune": "classify",
     "segment": "segment",
@@ -209,6 +210,11 @@ def check(config: Config, where: str) -> None:
             f"{where}: cache.features and cache.dtype need cache.epochs, the epochs after which samples repeat"
         )
     _check_teachers(config, where)
+    if config.student.model not in MODELS and not config.student.model.startswith(OWN):
+        raise UserError(
+            f"{where}: student.model is {config.student.model!r}; expected one of {', '.join(MODELS)}, or "
+            f"{OWN}MODULE:CLASS for one of your own"
+        )
     if task_of(config) != "distill" and cache.epochs is not None:
         raise UserError(f"{where}: cache.epochs is for distillation; leave it out where classify.classes is set")
     named = [f"{LABELLED[task]}.classes" for task in LABELLED if classes_of(config, task) is not None]

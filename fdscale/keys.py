@@ -18,9 +18,11 @@ from fdscale.strict import option
 class Student:
     """The network that learns."""
 
-    model: str = option("swin_v2", "architecture", choices=("swin_v2", "vit"))
+    model: str = option(
+        "swin_v2", "architecture: swin_v2, vit, or python:MODULE:CLASS for one of your own (docs/tutorial-backbone.md)"
+    )
     args: dict[str, Any] = option(
-        {}, "constructor arguments of fdscale.models.swin_v2.SwinV2 or fdscale.models.vit.ViT"
+        {}, "constructor arguments, of fdscale.models.swin_v2.SwinV2, fdscale.models.vit.ViT or that class"
     )
     weights: str | None = option(
         None,

@@ -60,7 +60,9 @@ def about_kernels(backbone: Any) -> list[str]:
     """Lines for a person: what computes the window attention of each stage, and the norms behind branches."""
     lines = []
     blocks = backbone.blocks()
-    firsts = [blocks[sum(backbone.depths[:stage])].attn for stage in range(len(backbone.depths))]
+    firsts: list[Any] = [
+        getattr(blocks[sum(backbone.depths[:stage])], "attn", None) for stage in range(len(backbone.depths))
+    ]
     if hasattr(firsts[0], "kernels"):
         parts = []
         for kernels, group in itertools.groupby(enumerate(firsts, 1), lambda numbered: numbered[1].kernels):

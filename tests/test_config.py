@@ -56,7 +56,7 @@ def test_a_dumped_config_reads_back_equal(tmp_path: Path) -> None:
         (MINIMAL + "optim: {betas: [0.9]}", [], ["optim.betas", "list of 2 numbers"]),
         (MINIMAL + "data: {flip: 2}", [], ["data.flip", "at most 1"]),
         (MINIMAL + "data: {scale: [0.9, 0.1]}", [], ["data.scale", "rising"]),
-        (MINIMAL + "student: {model: swin}", [], ["student.model", "one of swin_v2, vit"]),
+        (MINIMAL + "student: {model: swin}", [], ["student.model", "one of swin_v2, vit, or python:MODULE:CLASS"]),
         (MINIMAL + "memory: {checkpoint: [torch, tourch]}", [], ["memory.checkpoint", "did you mean 'torch'"]),
         (MINIMAL + "optim: 3", [], ["optim must be a mapping", "3"]),
         (MINIMAL + "schedule: {steps: 5}", [], ["schedule", "appears twice"]),

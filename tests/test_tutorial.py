@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, outside
 from PIL import Image
+from safetensors.torch import load_file
 from skimage import data
+
+from fdscale.data.shards import make
 
 DOCS = ROOT / "docs"
 
@@ -54,14 +57,18 @@ def follow(page: str, folder: Path) -> dict[str, str]:
     return printed
 
 
-@pytest.mark.slow
-def test_from_photographs_to_a_resumed_run(tmp_path: Path) -> None:
+def photographs(folder: Path) -> None:
     for name in ("astronaut", "chelsea", "coffee"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
+        (folder / "photos" / name).mkdir(parents=True)
         image = Image.fromarray(getattr(data, name)())
         for part in range(8):
             box = (20 * part, 15 * part, 20 * part + 240, 15 * part + (200 if part % 2 else 140))
-            image.crop(box).save(tmp_path / "photos" / name / f"{part}.jpg", quality=92)
+            image.crop(box).save(folder / "photos" / name / f"{part}.jpg", quality=92)
+
+
+@pytest.mark.slow
+def test_from_photographs_to_a_resumed_run(tmp_path: Path) -> None:
+    photographs(tmp_path)
     printed = follow("tutorial-data.md", tmp_path)
     log = (tmp_path / "runs" / "photos" / "samples-0.log").read_text().splitlines()
     rows = [line.split("\t") for line in log]
@@ -81,3 +88,13 @@ def test_from_images_and_an_own_teacher_to_a_classifier(tmp_path: Path) -> None:
     assert any(re.search(r"linear +[6-9]\d\.\d\d%", text) for text in printed.values())
     assert {path.name for path in (tmp_path / "diagnosis").iterdir()} >= {"diagnosis.json", "heads.png", "offsets.png"}
     assert (tmp_path / "digits.html").read_text().count("data:image/png") >= 2
+
+
+@pytest.mark.slow
+def test_a_backbone_of_ones_own(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    make(tmp_path / "photos", tmp_path / "shards/photos", samples_per_shard=8)
+    printed = follow("tutorial-backbone.md", tmp_path)
+    weights = load_file(tmp_path / "mixer.safetensors")
+    assert weights["layers.2.mix.weight"].shape == (32, 1, 5, 5)
+    assert any("of 24 images" in text for text in printed.values())

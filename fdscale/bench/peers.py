@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdscale import UserError, config
 from fdscale.bench.paths import computed_by
-from fdscale.models import backbone
+from fdscale.models import BACKBONES, backbone
 
 POSITIONS = {
     "absolute": "use_abs_pos_emb",
@@ -45,6 +45,8 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, settings: config.Config) -> None:
         super().__init__()
+        if settings.student.model not in BACKBONES:
+            raise UserError(f"timm has no {settings.student.model}: there is nothing to compare it with")
         with torch.device("meta"):
             ours: Any = backbone(settings.student.model, _arguments(settings))
         self.prefix, self.depths, self.width = ours.prefix, ours.depths, ours.width

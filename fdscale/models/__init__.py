@@ -13,13 +13,19 @@ from fdscale import UserError
 
 SIZES = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "depths", "num_heads", "window_size", "mlp_ratio")
 BACKBONES = {"swin_v2": "SwinV2", "vit": "ViT"}  # module and class
+OWN = "python:"
+PROTOCOL = (  # see docs/design.md
+    "forward", "maps", "levels", "blocks", "depths", "depth_of", "no_decay", "width", "stride", "prefix", "grid",
+    "attended", "flops", "init_parameter",
+)  # fmt: skip
 
 
 def backbone(model: str, args: Mapping[str, Any], where: str = "student.args") -> nn.Module:
-    """Build one of our backbones by name. Raises UserError for an unknown name or constructor argument."""
-    if model not in BACKBONES:
-        raise UserError(f"unknown backbone {model!r}; known: {', '.join(BACKBONES)}")
-    build = getattr(importlib.import_module(f"fdscale.models.{model}"), BACKBONES[model])
+    """Build one of our backbones by name, or python:MODULE:CLASS.
+
+    Raises UserError for an unknown name or constructor argument, and for a class without the protocol of a backbone.
+    """
+    build = _class_of(model)
     known = list(inspect.signature(build).parameters)
     unknown = sorted(set(args) - set(known))
     if unknown:
@@ -27,11 +33,30 @@ def backbone(model: str, args: Mapping[str, Any], where: str = "student.args") -
     for name, value in args.items():
         _check(name, value, f"{where}.{name}")
     try:
-        return build(**args)
+        network = build(**args)
     except (TypeError, ValueError, AssertionError, ArithmeticError, LookupError, AttributeError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{where}: {model} cannot be built: {error}") from error
+    missing = [name for name in PROTOCOL if not hasattr(network, name)]
+    if missing:
+        raise UserError(f"{model} lacks {', '.join(missing)}, which a backbone has; see docs/tutorial-backbone.md")
+    return network
+
+
+def _class_of(model: str) -> Any:
+    if model in BACKBONES:
+        return getattr(importlib.import_module(f"fdscale.models.{model}"), BACKBONES[model])
+    if not model.startswith(OWN):
+        raise UserError(f"unknown backbone {model!r}; known: {', '.join(BACKBONES)}, {OWN}MODULE:CLASS")
+    module, _, name = model.removeprefix(OWN).partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"student.model: {model} cannot be imported ({error}). Expected {OWN}MODULE:CLASS with a module that is "
+            "installed or on PYTHONPATH."
+        ) from error
 
 
 def _check(name: str, value: Any, where: str) -> None:

@@ -102,8 +102,11 @@ def fitted(
 
     Raises UserError for an unknown layout or with a diff of what does not fit.
     """
-    source, weights = _to_our_names(state_dict)
     parameters = dict(model.named_parameters())
+    if not isinstance(model, (SwinV2, ViT)):  # somebody's own, whose names nobody else has
+        ours = {name.removeprefix("backbone."): v for name, v in state_dict.items() if name.startswith("backbone.")}
+        return "fdscale", _exactly(parameters, ours or dict(state_dict), "fdscale")
+    source, weights = _to_our_names(state_dict)
     kind = "SwinV2" if any(name.startswith("layers.") for name in weights) else "ViT"
     built = "SwinV2" if isinstance(model, SwinV2) else "ViT"
     if kind != built:
@@ -364,6 +367,8 @@ def export(
         return weights
     if names not in ("official", "timm"):
         raise UserError(f"names={names!r} is unknown. Choose fdscale, official or timm.")
+    if isinstance(source, nn.Module) and not isinstance(source, (SwinV2, ViT)):
+        raise UserError(f"{type(source).__name__} has no names in other code; export it with names fdscale")
     extra = [name for name in weights if ".enorm." in name]
     if extra:
         raise UserError(

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from fdscale import UserError
-from fdscale.models import convert
+from fdscale.models import BACKBONES, convert
 from fdscale.models.eight_bit import KINDS
 from fdscale.models.frozen import Forward, Parts, Teacher, built_for, dry_run, short
 
@@ -115,8 +115,7 @@ def load_teacher(
 
 def _from_fdscale(name, weights, size, args, feature, key, mean, std) -> Parts:
     """A network of this project; its weights may be its own, official ones or a distilled student's."""
-    networks = {"swin_v2": "SwinV2", "vit": "ViT"}
-    if name not in networks:
+    if name not in BACKBONES:
         raise UserError(f"teacher.source: fdscale:{name} is unknown. Expected fdscale:swin_v2 or fdscale:vit.")
     if feature != "last" and name == "vit":
         raise UserError(f"teacher.feature: {feature} needs a network with stages; fdscale:vit has one map, `last`.")
@@ -125,7 +124,7 @@ def _from_fdscale(name, weights, size, args, feature, key, mean, std) -> Parts:
     try:
         filled = weights == "random" and torch.get_default_device().type != "meta"
         with torch.device("cpu" if filled else "meta"):  # no random numbers where weights come from a file
-            network = getattr(importlib.import_module(f"fdscale.models.{name}"), networks[name])(**args)
+            network = getattr(importlib.import_module(f"fdscale.models.{name}"), BACKBONES[name])(**args)
     except TypeError as error:
         raise UserError(f"teacher.args do not fit fdscale:{name}: {error}.") from error
     if weights != "random":

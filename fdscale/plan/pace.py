@@ -107,7 +107,7 @@ def _passes(setup: Setup, networks: Networks, machine: Machine) -> Pass:
     rate = machine.mfu * (machine.gpu.bf16 if bf16(setup.ds) else machine.gpu.float32)
     work = backbone.attended(size)
     linear = images * max(0, 2 * (backbone.flops(size) + networks.head_flops) - _attention_flops(work)) / rate
-    fused = networks.kernels != "reference" or not hasattr(backbone.blocks()[0].attn, "kernels")
+    fused = networks.kernels != "reference" or not hasattr(getattr(backbone.blocks()[0], "attn", None), "kernels")
     ahead = attention_s(work, images, machine, fused=fused)
     back = attention_s(work, images, machine, fused=fused, backward=True)
     kinds = memory.per_stage(settings.memory.checkpoint, backbone.depths, "memory.checkpoint")
@@ -131,7 +131,7 @@ def _teacher_s(name: str, networks: Networks, machine: Machine) -> float:
         return images * flops / rate
     network: Any = teacher.network
     work = network.attended(teacher.image_size or size)
-    fused = networks.kernels != "reference" or not hasattr(network.blocks()[0].attn, "kernels")
+    fused = networks.kernels != "reference" or not hasattr(getattr(network.blocks()[0], "attn", None), "kernels")
     linear = images * max(0, flops - _attention_flops(work)) / rate
     return linear + sum(attention_s(work, images, machine, fused=fused))
 

@@ -14,7 +14,9 @@ from fdscale.models import BACKBONES, backbone
 @pytest.mark.parametrize(
     ("model", "args", "expected"),
     [
-        ("resnet", {}, "unknown backbone 'resnet'; known: swin_v2, vit"),
+        ("resnet", {}, "unknown backbone 'resnet'; known: swin_v2, vit, python:MODULE:CLASS"),
+        ("python:nowhere:Net", {}, "student.model: python:nowhere:Net cannot be imported (No module named 'nowhere')"),
+        ("python:torch.nn:Identity", {}, "python:torch.nn:Identity lacks maps, levels, blocks, depths"),
         ("vit", {"depths": [2]}, "vit has no argument depths; it has img_size, patch_size"),
         ("swin_v2", {"window_size": 0}, "student.args.window_size must be positive, got 0"),
         ("swin_v2", {"depths": [2, -1, 2, 2]}, "student.args.depths must be positive"),
