@@ -38,7 +38,7 @@ def follow(page: str, folder: Path) -> dict[str, str]:
         (folder / block.splitlines()[0].removeprefix("# ")).write_text(block)
     programs = folder / "bin"
     programs.mkdir()
-    for name, call in (("fdscale", "-m fdscale.cli"), ("python", "")):
+    for name, call in (("fdscale", "-m fdscale.cli"), ("python", ""), ("torchrun", "-m torch.distributed.run")):
         (programs / name).write_text(f'#!/bin/sh\nexec {sys.executable} {call} "$@"\n')
         (programs / name).chmod(0o755)
     environment = outside()
@@ -98,3 +98,15 @@ def test_a_backbone_of_ones_own(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "mixer.safetensors")
     assert weights["layers.2.mix.weight"].shape == (32, 1, 5, 5)
     assert any("of 24 images" in text for text in printed.values())
+
+
+@pytest.mark.slow
+def test_a_run_that_moves(tmp_path: Path) -> None:
+    photographs(tmp_path)
+    make(tmp_path / "photos", tmp_path / "shards/photos", samples_per_shard=8)
+    follow("tutorial-move.md", tmp_path)
+    folder = tmp_path / "there/run"
+    rows = [line.split("\t") for path in folder.glob("samples-*.log") for line in path.read_text().splitlines()]
+    assert sorted(int(number) for number, _, _ in rows) == list(range(96))
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == list(range(1, 13))
