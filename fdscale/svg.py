@@ -48,7 +48,7 @@ def chart(identity: str, title: str, unit: str, lines: Sequence[Line], marks: Se
         _, down = place(left, value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{down + 4}" text-anchor="end">{short(value)}</text>')
-    for value in x_ticks:
+    for value in (value for value in x_ticks if left <= value <= right):
         across, _ = place(value, low)
         parts.append(f'<text x="{across}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{short(value)}</text>')
     for mark in marks:
@@ -77,10 +77,20 @@ def chart(identity: str, title: str, unit: str, lines: Sequence[Line], marks: Se
 
 
 def standalone(page: str, style: str) -> Iterable[tuple[str, str]]:
-    """(name, file) of every chart in a page, drawn as there: with the page's style inside."""
-    for name, drawing in re.findall(r'<figure id="c-([^"]+)">.*?<svg ([^>]*>.*?</svg>)', page, re.S):
-        first, _, rest = drawing.partition(">")
-        yield name, f'<svg xmlns="http://www.w3.org/2000/svg" {first}><style>{html.escape(style)}</style>{rest}\n'
+    """(name, file) of every chart in a page, drawn as there: with the page's style, title and names of lines inside."""
+    pattern = r'<figure id="c-([^"]+)"><figcaption>(.*?)</figcaption><svg viewBox="[^"]*"([^>]*)>(.*?)</svg>'
+    for name, caption, attributes, drawing in re.findall(pattern, page, re.S):
+        title = re.sub(r"<[^>]+>.*", "", caption).strip()
+        head, down = [f'<text x="{LEFT}" y="-8" font-weight="bold">{title}</text>'], TOP + 6
+        for tone, line in re.findall(r'<i class="t(\d)"></i>([^<]*)', caption):
+            head.append(
+                f'<line class="line t{tone}" x1="{WIDTH - 190}" x2="{WIDTH - 170}" y1="{down - 4}" y2="{down - 4}"/>'
+            )
+            head.append(f'<text x="{WIDTH - 164}" y="{down}">{line}</text>')
+            down += 16
+        box = f'viewBox="0 -28 {WIDTH} {HEIGHT + 28}"'
+        inside = f"<style>{html.escape(style)}</style>{drawing}{''.join(head)}"
+        yield name, f'<svg xmlns="http://www.w3.org/2000/svg" {box}{attributes}>{inside}</svg>\n'
 
 
 def _numbers(lines: Sequence[Line]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,16 @@ def project(tokens: np.ndarray, basis: Basis) -> np.ndarray:
 
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; teachers and students have the same in all figures.
-TEACHER, STUDENT, OTHER = "#0072B2", "#D55E00", "#666666"
+TEACHER, STUDENT = "#0072B2", "#D55E00"
+OTHERS = (STUDENT, "#009E73", "#CC79A7", "#666666")
+
+
+def looks_of(names: Sequence[str]) -> list[tuple[str, str]]:
+    """(colour, marker) of each network by its name: a teacher has the teacher's wherever it stands."""
+    found, others = [], itertools.cycle(zip(OTHERS, "oD^v", strict=True))
+    for name in names:
+        found.append((TEACHER, "s") if name.startswith("teacher") else next(others))
+    return found
 
 
 def dots(rows: Sequence[tuple[str, Sequence[float], float, float, bool]], title: str, axis: str, path: Path) -> None:
@@ -61,9 +71,8 @@ def dots(rows: Sequence[tuple[str, Sequence[float], float, float, bool]], title:
 def by_depth(subjects: Sequence[tuple[str, Sequence[Sequence[float]], Sequence[float]]], path: Path) -> None:
     """Of each (name, distances of the heads by block, likeness by block): dots and lines against depth."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for (name, distances, likeness), colour, mark in zip(
-        subjects, (STUDENT, TEACHER, OTHER, "#009E73", "#CC79A7"), "osD^v", strict=False
-    ):
+    looks = looks_of([name for name, *_ in subjects])
+    for (name, distances, likeness), (colour, mark) in zip(subjects, looks, strict=True):
         depth = [block for block, heads in enumerate(distances) for _ in heads]
         values = [value for heads in distances for value in heads]
         left.plot(depth, values, mark, color=colour, alpha=0.6, markersize=5, label=name)
@@ -160,9 +169,7 @@ def landscape(subjects: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         for axes, key, label, factor in zip(
             pair, ("loss", "top1"), ("cross-entropy", "top-1, %"), (1, 100), strict=True
         ):
-            for (name, one), colour, mark in zip(
-                subjects.items(), (STUDENT, TEACHER, OTHER, "#009E73", "#CC79A7"), "osD^v", strict=False
-            ):
+            for (name, one), (colour, mark) in zip(subjects.items(), looks_of(list(subjects)), strict=True):
                 for place, line in enumerate(one[key]):
                     kept = {"label": name} if place == 0 else {}
                     axes.plot(
@@ -175,11 +182,11 @@ def landscape(subjects: Mapping[str, Mapping[str, Any]], path: Path) -> None:
                         **kept,
                     )
             axes.set_ylabel(label)
-            axes.set_xlabel("multiple of a random direction as long as the weights, filter by filter")
             axes.grid(color="0.92")
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         pair[0].legend(frameon=False)
+        figure.supxlabel("multiple of a random direction that is as long as the weights, filter by filter", fontsize=10)
         figure.suptitle("Around the weights, a line for each seed", fontsize=11)
     figure.savefig(path, dpi=120)
     plt.close(figure)
