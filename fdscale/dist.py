@@ -217,11 +217,6 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank. A collective: every rank must call it."""
-    return bool(total(torch.tensor([int(flag)])).item())
-
-
 class Agreement:
     """Named sums over all ranks, without ever waiting for a slow one inside the step.
 

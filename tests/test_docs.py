@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import ROOT
 
 from fdscale import cli, config
@@ -72,6 +75,22 @@ def test_commands_parse(page: Path) -> None:
         recipe = getattr(arguments, "recipe", None)
         if recipe and "/" not in recipe and recipe.islower():
             assert recipe in config.recipes(), f"{page_id(page)}: {recipe}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_code_blocks_are_well_formed(page: Path) -> None:
+    for language, block in re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.S | re.M):
+        if language == "python":
+            compile(block, page_id(page), "exec")
+        elif language == "yaml":
+            yaml.safe_load(block)
+        elif language == "json":
+            json.loads(block)
+        else:
+            assert language in ("bash", "text"), language
+            if language == "bash":
+                done = subprocess.run(["bash", "-n"], input=block, text=True, capture_output=True, check=False)
+                assert done.returncode == 0 or "..." in block, f"{page_id(page)}: {done.stderr}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -24,7 +24,6 @@ from fdscale.data.stream import Seen
 
 IGNORED = 255  # in a mask: a pixel without a class
 OUTSIDE = 254  # in a training view's: a pixel beyond the edge of the image
-MOST_CLASSES = 254
 CROPS = 10  # tried, mmsegmentation's RandomCrop
 _NUMBERS = np.arange(256, dtype=np.uint8)
 
