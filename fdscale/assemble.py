@@ -21,6 +21,7 @@ from fdscale import UserError, config, dist, student
 from fdscale.data import features
 from fdscale.data.augment import eval_view
 from fdscale.data.features import Features, Plan
+from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.stream import Complete, chosen_batches
 from fdscale.engine import memory
@@ -229,7 +230,7 @@ def _with_features(cached: dict[str, Features], batch: dict[str, Any]) -> dict[s
     return {"cached": {name: one(batch) for name, one in cached.items()}}
 
 
-def heldout_stream(parts: Parts, index: Index) -> Iterator[dict[str, Any]]:
+def heldout_stream(parts: Parts, index: Index | Folders) -> Iterator[dict[str, Any]]:
     """This rank's micro-batches of centre views of the held-out samples, each exactly once over all ranks."""
     data = parts.settings.data
     view = functools.partial(eval_view, size=data.image_size, interpolation=data.interpolation, decoding=data.decode)

@@ -174,7 +174,9 @@ def _write(
             if stopped:
                 raise _Stopped
             kept = min(size, plan.numbers(file).stop - first)
-            yield feature_files.pack(plan, *(None if part is None else part[:kept] for part in next(computed)))
+            numbers, views, values, scale = next(computed)
+            scales = None if scale is None else scale[:kept]
+            yield feature_files.pack(plan, numbers[:kept], views[:kept], values[:kept], scales)
             advance(kept * dist.world(), None)
 
     try:

@@ -177,7 +177,8 @@ def look(settings: config.Config, subjects: list[Subject], images: int) -> tuple
         bar = progress.add_task("images", total=images)
         for batch in heldout_batches(dataclasses.replace(settings, data=data), index, view):
             counted, seen = batch["weights"].bool(), to_device(batch["images"])
-            means, outputs = [], []
+            means: list[Tensor] = []
+            outputs: list[Tensor] = []
             room = SHOWN - sum(map(len, shown[0]))
             shown[0].append(batch["images"][counted][:room])
             for subject, blocks, (raw, whitened), maps in zip(subjects, gathered, moments, shown[1:], strict=True):

@@ -225,6 +225,7 @@ class HeldOut:
             for teacher in parts.teachers.values():
                 teacher.to(dist.device())
         with torch.no_grad():
+            assert self._index is not None
             for batch in heldout_stream(parts, self._index):
                 if self._run.interrupted():
                     break

@@ -104,7 +104,8 @@ def _jpeg() -> Finding:
 
 
 def _attention() -> Finding:
-    able, unable = [], []
+    able: list[str] = []
+    unable: list[str] = []
     for name in attention.NAMES:
         why = attention.cannot_run(name, dist.device())
         (able if why is None else unable).append(name if why is None else f"{name} cannot run here: {why}")

@@ -84,7 +84,7 @@ def describe(run: Path, alive: bool) -> dict[str, Any]:
     """All there is to know about a run, as plain data; documented in docs/running.md."""
     records = [starts.read(starts.path_of(run, number)) for number in starts.numbers(run)]
     last = records[-1] if records else {}
-    begun = next((record for record in reversed(records) if "step" in record), {})
+    begun: dict[str, Any] = next((record for record in reversed(records) if "step" in record), {})
     saved = newest_whole(run / "checkpoints")
     ended = last.get("ended") or {}
     step, goal = begun.get("step", 0), begun.get("goal")

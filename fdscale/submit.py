@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from fdscale import UserError, config
@@ -154,7 +155,7 @@ def next_folder(parent: Path) -> Path:
     return parent / f"submit-{max(taken, default=0) + 1:03d}"
 
 
-def fill(text: str, options: dict[str, object], more: list[str], folder: Path, words: list[str]) -> str:
+def fill(text: str, options: Mapping[str, object], more: list[str], folder: Path, words: list[str]) -> str:
     """A job script with sbatch's options, the place of its code, and its arguments.
 
     options: those that are None are left as the script has them. more: options as a person wrote them, which win.

@@ -75,6 +75,9 @@ def test_it_distils_without_the_repository(installed: Path, shards: Path, tmp_pa
 
 
 def test_what_came_along_is_found(installed: Path, tmp_path: Path) -> None:
+    for name in ("slurm", "ds_configs"):
+        there = {path.name for path in (installed / "fdscale" / name).iterdir()}
+        assert there == {path.name for path in (ROOT / name).iterdir()}
     assert "swinv2_g" in fdscale(installed, tmp_path, "recipes")
     plan = fdscale(installed, tmp_path, "plan", "clip_vit_base_300", "--ds", "zero2", "--gpu", "a100-40g", "--gpus", 8)
     assert "zero2" in plan

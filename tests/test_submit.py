@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -104,27 +103,6 @@ def test_without_slurm_it_says_so(submit: Callable[..., str], monkeypatch: pytes
 def test_a_login_node_imports_no_torch() -> None:
     code = "import sys, fdscale.submit; assert not {'torch', 'deepspeed'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=outside(), check=True)
-
-
-def test_an_installed_package_has_the_scripts(tmp_path: Path) -> None:
-    source = tmp_path / "source"
-    shutil.copytree(ROOT / "fdscale", source / "fdscale", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "slurm", source / "slurm")
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path / "lib")]
-    subprocess.run(command, cwd=source, env=outside(), check=True)
-    done = subprocess.run(
-        [sys.executable, "-c", "from fdscale import submit; print(submit.scripts_folder())"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path / "lib")},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    folder = Path(done.stdout.strip())
-    assert folder == tmp_path / "lib" / "fdscale" / "slurm"
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (ROOT / "slurm").iterdir()}
 
 
 def test_the_scripts_pass_shellcheck() -> None:

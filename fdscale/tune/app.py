@@ -252,8 +252,8 @@ def _short(values: Sequence[Any]) -> str:
 
 def _table(rows: Sequence[dict[str, Any]], own: float | None, first: Choice) -> str:
     """Markdown, the fastest first."""
-    columns = ("ds_config", "micro-batch", "checkpoint", "chunk", "step s (least .. most)", "GiB", "data wait s")
-    columns += ("planned s, GiB", "")
+    columns = ["ds_config", "micro-batch", "checkpoint", "chunk", "step s (least .. most)", "GiB", "data wait s"]
+    columns += ["planned s, GiB", ""]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         planned = "" if row["planned_s"] is None else f"{row['planned_s']:.3f}, {row['planned_gib']:.1f}"
