@@ -29,8 +29,8 @@ claim: $(STAMP) ## does a student fine-tune better than its teacher? Fashion-MNI
 	$(BIN)/python -m fdscale.claim
 
 all: $(STAMP) ## everything that this machine can run: what CI runs
-	$(BIN)/python -m pytest -m "not slurm and not faults" $(SHARED) --durations=25
-	$(BIN)/python -m pytest -m "slurm or faults" --durations=10
+	$(BIN)/python -m pytest -m "not slurm and not faults and not long" $(SHARED) --durations=25
+	$(BIN)/python -m pytest -m "slurm or faults or long" --durations=10
 
 test: $(STAMP) ## all but the long ones: Slurm, the fault suite, and the marked
 	$(BIN)/python -m pytest -m "not slurm and not faults and not long" $(SHARED)
