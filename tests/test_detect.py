@@ -68,7 +68,7 @@ def tiny_detect(found_things: Path) -> Callable[..., list[str]]:
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "bf16", "kind"),
-    [(1, 0, False, "mask_rcnn"), (2, 3, False, "htc"), (2, 2, True, "cascade")],
+    [(1, 0, False, "mask_rcnn"), pytest.param(2, 3, False, "htc", marks=pytest.mark.long), (2, 2, True, "cascade")],
 )
 def test_killed_and_resumed_is_bitwise(
     tiny_detect: Callable[..., list[str]],

@@ -41,6 +41,7 @@ def start(out: Path, *words: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, env=outside(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_whole_suite_on_a_cpu(tmp_path: Path) -> None:
     process = start(tmp_path / "report")
@@ -65,6 +66,7 @@ def test_the_whole_suite_on_a_cpu(tmp_path: Path) -> None:
     assert "it needs a GPU" in text
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_giant_suite_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fdscale.bench.giant", "--out", str(tmp_path), "--device", "cpu", "--rounds", "1"]

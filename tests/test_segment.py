@@ -85,7 +85,9 @@ def tiny_segment(ade: Path) -> Callable[..., list[str]]:
     return arguments
 
 
-@pytest.mark.parametrize(("ranks", "stage", "bf16"), [(1, 0, False), (2, 3, False), (2, 2, True)])
+@pytest.mark.parametrize(
+    ("ranks", "stage", "bf16"), [(1, 0, False), pytest.param(2, 3, False, marks=pytest.mark.long), (2, 2, True)]
+)
 @pytest.mark.parametrize("head", [(), MASK2FORMER], ids=["upernet", "mask2former"])
 def test_killed_and_resumed_is_bitwise(
     tiny_segment: Callable[..., list[str]],
@@ -303,6 +305,7 @@ def test_recipes_of_the_other_kind_are_named(tmp_path: Path, capsys: pytest.Capt
         config.load("demo_finetune", ["segment.classes=3"])
 
 
+@pytest.mark.long
 def test_mask2former_learns_and_is_evaluated(ade: Path, tmp_path: Path) -> None:
     """On two ranks as on one to the last bit, from several views, and from its export."""
     run = tmp_path / "run"

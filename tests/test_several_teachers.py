@@ -120,7 +120,7 @@ def test_a_student_beats_the_constant_on_both_teachers(two: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.long)])
 def test_killed_and_resumed_is_bitwise(two: Path, whole: Path, tmp_path: Path, ranks: int, stage: int) -> None:
     options = ("--ds", str(ds_file(tmp_path, stage)))
     left_alone, killed = whole, tmp_path / "killed"
