@@ -141,13 +141,12 @@ def _student(settings: config.Config, weights: Path | str, name: str) -> Subject
 
 
 def _landscapes(subjects: list[Subject], images: int, wanted: Wanted) -> dict[str, dict[str, Any]]:
+    """Around each of them; what cannot be is told before anything is measured."""
     wanted.check()
-    found = {}
     for subject in subjects:
-        if subject.trained is None:
+        if subject.trained is None or config.task_of(subject.trained[0]) != "finetune":
             raise UserError(f"{subject.name} is no classifier of images: --landscape is of fine-tuned ones")
-        found[subject.name] = landscapes.around(*subject.trained, images, wanted)
-    return found
+    return {one.name: landscapes.around(*one.trained, images, wanted) for one in subjects if one.trained is not None}
 
 
 def _teacher(settings: config.Config, name: str) -> Subject:

@@ -10,7 +10,7 @@ import functools
 import json as json_module
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +308,24 @@ def evaluate(
     """
     data, classify = settings.data, settings.classify
     assert classify.classes is not None
+    tally = Tally(min(data.heldout_samples or index.samples, index.samples), classify.classes)
+    with torch.no_grad():
+        for batch, images in seen(settings, index, dtype, classify.classes if labels is None else None):
+            if not go_on(batch):
+                return None
+            own = batch["labels"] if labels is None else labels([key for _, key in batch["origin"]])
+            tally.add(batch["numbers"], own, _scores(classifier, images), batch["weights"])
+    found = tally.result()
+    if found is None:
+        raise UserError(f"no sample of data.heldout_shards ({data.heldout_shards}) can be read")
+    return found
+
+
+def seen(
+    settings: config.Config, index: Index | Folders, dtype: torch.dtype, classes: int | None
+) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """This rank's micro-batches of the held-out samples, and their views as a classifier of the config wants them."""
+    data, classify = settings.data, settings.classify
     view = functools.partial(
         eval_view,
         size=data.image_size,
@@ -317,18 +335,8 @@ def evaluate(
         crops=classify.crops,
     )
     mean, std = CLIP_STATISTICS if classify.statistics == "clip" else (MEAN, STD)
-    tally = Tally(min(data.heldout_samples or index.samples, index.samples), classify.classes)
-    with torch.no_grad():
-        for batch in heldout_batches(settings, index, view, classify.classes if labels is None else None):
-            if not go_on(batch):
-                return None
-            images = normalise(to_device(batch["images"]), dtype, mean, std)
-            own = batch["labels"] if labels is None else labels([key for _, key in batch["origin"]])
-            tally.add(batch["numbers"], own, _scores(classifier, images), batch["weights"])
-    found = tally.result()
-    if found is None:
-        raise UserError(f"no sample of data.heldout_shards ({data.heldout_shards}) can be read")
-    return found
+    for batch in heldout_batches(settings, index, view, classes):
+        yield batch, normalise(to_device(batch["images"]), dtype, mean, std)
 
 
 def _scores(classifier: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:

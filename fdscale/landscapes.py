@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fdscale import UserError, config, dist, evaluate
-from fdscale.data.augment import eval_view
 from fdscale.diagnose.landscape import direction, sharpness, surface
-from fdscale.inputs import heldout_batches, normalise, open_heldout, to_device
+from fdscale.inputs import open_heldout
 
 AROUND = ("loss", "top1")
 
@@ -49,13 +48,12 @@ def around(settings: config.Config, weights: Path | str, images: int, wanted: Wa
     multiples: of the directions. loss, top1: by seed; of a plane, by multiples of the first and of the second
     direction. sharpness: the Hessian's largest eigenvalue, and how much its last step changed it.
     """
-    if config.task_of(settings) != "finetune":
-        raise UserError(f"{weights} is no classifier of images: --landscape is of fine-tuned ones")
     index = open_heldout(settings.data)
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     data = dataclasses.replace(settings.data, heldout_samples=min(images, index.samples))
-    memory = dataclasses.replace(settings.memory, kernels="reference", attention_chunk=(0,))  # has second derivatives
+    # What has second derivatives, and no checkpointing, some kinds of which have not.
+    memory = dataclasses.replace(settings.memory, kernels="reference", attention_chunk=(0,), checkpoint=("none",))
     classify = dataclasses.replace(settings.classify, crops=1)
     settings = dataclasses.replace(settings, data=data, memory=memory, classify=classify)
     network = evaluate.loaded(settings, weights)
@@ -85,19 +83,10 @@ def around(settings: config.Config, weights: Path | str, images: int, wanted: Wa
 
 def _losses(settings: config.Config, index: Any, network: nn.Module) -> Iterator[Tensor]:
     """This rank's parts of the mean cross-entropy."""
-    data, classify = settings.data, settings.classify
-    view: Callable[..., Tensor] = functools.partial(
-        eval_view,
-        size=data.image_size,
-        crop_ratio=classify.crop_ratio,
-        interpolation=data.interpolation,
-        decoding=data.decode,
-    )
-    for batch in heldout_batches(settings, index, view, classify.classes):
+    for batch, images in evaluate.seen(settings, index, torch.float32, settings.classify.classes):
         labels, counted = (batch[name].to(dist.device()) for name in ("labels", "weights"))
-        scores = network(normalise(to_device(batch["images"]), torch.float32))
-        losses = F.cross_entropy(scores.float(), labels, reduction="none")
-        yield losses[counted.bool()].sum() / (data.heldout_samples or 1)
+        losses = F.cross_entropy(network(images).float(), labels, reduction="none")
+        yield losses[counted.bool()].sum() / (settings.data.heldout_samples or 1)
 
 
 def for_a_person(name: str, found: dict[str, Any]) -> str:

@@ -53,7 +53,7 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
     sub = verb(kinds, "make", "fdscale.pack:make", text, example)
     source = (
         "folder of images (class subfolders give labels), .csv, .tsv, .jsonl or .parquet, Hugging Face folder, or "
-        "folder with images/ and their masks in annotations/ (ADEChallengeData2016)"
+        "folder with images/ and their masks in annotations/ (ADEChallengeData2016), or COCO's or Objects365's"
     )
     sub.add_argument("source", help=source)
     sub.add_argument("out", help="directory of the shards; must not exist")

@@ -155,6 +155,7 @@ def test_landscapes_that_cannot_be(classifier: Path, student_of_a_vit: Path, sha
     for words, says in (
         ((classifier, "--points", 4), "--points must be odd"),
         ((classifier, "--reach", 0), "--reach and --seeds must be positive"),
+        ((classifier, "--compare", student_of_a_vit), "is no classifier of images"),
         ((student_of_a_vit, *sets(f"data.heldout_shards={shards}")), "is no classifier of images"),
     ):
         assert cli.main(["diagnose", *map(str, words), "--landscape", "line"]) == 2

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fdscale import UserError
-from fdscale.models import BACKBONES, backbone
+from fdscale import UserError, config
+from fdscale.models import BACKBONES, OWN, backbone
 
 
 @pytest.mark.parametrize(
@@ -38,3 +38,7 @@ def test_defaults_build_on_the_meta_device() -> None:
     for model in BACKBONES:
         with torch.device("meta"):
             assert all(parameter.is_meta for parameter in backbone(model, {}).parameters())
+
+
+def test_recipes_may_name_what_can_be_built() -> None:
+    assert (tuple(BACKBONES), OWN) == (config.MODELS, config.OWN)
