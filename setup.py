@@ -72,6 +72,7 @@ setup(
             "transformers>=5.24",
             "scipy>=1.11",
         ],  # its parts; those of earlier releases have other arguments
+        "instaboost": ["opencv-python-headless>=4.8"],  # for detect.instaboost
         "parquet": ["pyarrow>=14"],  # for `fdscale shards make` from Parquet files
         "demo": [
             "matplotlib>=3.8",

@@ -226,6 +226,8 @@ def check(config: Config, where: str) -> None:
         )
     if config.detect.head != "fresh" and config.student.weights is None:
         raise UserError(f"{where}: detect.head is fitting, but student.weights, another detector, is not set")
+    if config.detect.instaboost and not config.detect.masks:
+        raise UserError(f"{where}: detect.instaboost moves objects by their masks, but detect.masks is false")
     if config.detect.bounds is not None and max(config.detect.bounds) > config.data.image_size:
         raise UserError(
             f"{where}: detect.bounds {list(config.detect.bounds)} do not fit into the square of data.image_size "

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from fdscale import UserError, config, dist
-from fdscale.data import objects
+from fdscale.data import instaboost, objects
 from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.stream import Samples
@@ -30,11 +30,11 @@ from fdscale.run import Run
 from fdscale.segment import colours
 from fdscale.starts import write_atomically
 from fdscale.tasks.average_precision import AveragePrecision, Found, Scores
-from fdscale.tasks.detection import Detections, Thinning, joined, pasted
+from fdscale.tasks.detection import Detections, View, moved, pasted
 
 SURE = 0.5  # of what is drawn
 
-Network = Callable[[Tensor, Tensor], list[Detections]]  # images (B, 3, S, S), normalised, and sizes (B, 2)
+Network = Callable[..., list[Detections]]  # as `tasks.detection.Detector` without objects
 
 
 class Detection(Labelled):
@@ -52,6 +52,8 @@ class Detection(Labelled):
     def stream(self, start: int, stop: int) -> Generator[dict[str, Any], None, None]:
         """Scenes, resized at random into the square."""
         data, detect = self._data, self._detect
+        if detect.instaboost:
+            instaboost.library()  # now, rather than at the first such sample of a worker
         view = functools.partial(
             objects.train_scene,
             seed=data.seed,
@@ -61,6 +63,7 @@ class Detection(Labelled):
             bounds=detect.bounds,
             flip=data.flip,
             interpolation=data.interpolation,
+            instaboost=detect.instaboost,
             **_what(self.inputs.settings),
         )
         samples = Samples(self.inputs.index, self.inputs.order, view, members=objects.members(detect.stuff > 0))
@@ -138,7 +141,6 @@ def evaluate(
     images = min(settings.data.heldout_samples or index.samples, index.samples)
     tally = AveragePrecision(detect.classes, kinds(settings))
     shown = {place * images // max(1, detect.shown) for place in range(detect.shown)}
-    how = Thinning(detect.suppress, detect.overlap, detect.least_score, detect.most)
     view = functools.partial(
         objects.scene,
         size=settings.data.image_size,
@@ -151,14 +153,16 @@ def evaluate(
         for batch in heldout_batches(settings, index, view, members=objects.members(False)):
             if not go_on(batch):
                 return None
-            views = _views(network, batch, detect, dtype)
+            first, *others = _views(batch, detect, dtype)
+            everything = network(first.images, first.sizes, others=others)
             texts = batch["objects"].split(batch["counts"].tolist())
             for place, number in enumerate(batch["numbers"].tolist()):
                 if not batch["weights"][place]:
                     continue
                 known = objects.read(texts[place].numpy().tobytes(), **_what(settings))
-                size = batch["sizes0"][place]
-                found = joined([_on_own_pixels(one[place], known.size) for one in views], how)
+                size = batch["sizes0"][place].tolist()
+                found = everything[place]
+                found = found._replace(boxes=moved(found.boxes, size, known.size))
                 tally.add(number, known, _plain(found, known.size))
                 if pictures is not None and number in shown:
                     content = batch["images"][place, :, : size[0], : size[1]]
@@ -171,32 +175,19 @@ def evaluate(
     return scores
 
 
-def _views(
-    network: Network, batch: dict[str, Any], detect: Detect, dtype: torch.dtype
-) -> list[list[tuple[Detections, Tensor, bool]]]:
-    """For each scale, plain and mirrored, and each image: what was found, at which size, and whether mirrored."""
+def _views(batch: dict[str, Any], detect: Detect, dtype: torch.dtype) -> list[View]:
+    """The images at each scale, plain and mirrored."""
     views = []
     for scale in range(len(detect.scales)):
         sizes = batch[f"sizes{scale}"]
-        images = on_canvas(batch[f"images{scale}" if scale else "images"], sizes)
-        views.append([(one, size, False) for one, size in zip(network(images.to(dtype), sizes), sizes, strict=True)])
+        images = on_canvas(batch[f"images{scale}" if scale else "images"], sizes).to(dtype)
+        views.append(View(images, sizes))
         if detect.mirror:
+            images = images.clone()
             for image, (_, width) in zip(images, sizes.tolist(), strict=True):
                 image[:, :, :width] = image[:, :, :width].flip(2)
-            views.append([(one, size, True) for one, size in zip(network(images.to(dtype), sizes), sizes, strict=True)])
+            views.append(View(images, sizes, True))
     return views
-
-
-def _on_own_pixels(view: tuple[Detections, Tensor, bool], own: tuple[int, int]) -> Detections:
-    """A view's detections in the pixels of an image of (height, width)."""
-    found, size, mirrored = view
-    boxes, masks = found.boxes, found.masks
-    if mirrored:
-        width = float(size[1])
-        boxes = torch.stack((width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]), 1)
-        masks = None if masks is None else masks.flip(2)
-    factors = torch.tensor([own[1] / float(size[1]), own[0] / float(size[0])] * 2, device=boxes.device)
-    return found._replace(boxes=boxes * factors, masks=masks)
 
 
 def _plain(found: Detections, size: tuple[int, int]) -> Found:

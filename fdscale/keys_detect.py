@@ -57,6 +57,13 @@ class Detect:
     )
     jitter: tuple[float, float] = option((0.1, 2.0), "training: the factor of jitter", low=0.01, high=8.0)
     short_side: tuple[int, int] = option((480, 800), "training: pixels of the short side", low=8, high=16384)
+    instaboost: float = option(
+        0.0,
+        "training: probability that the objects of an image are moved, turned and resized a little where they are "
+        "(InstaBoost, arXiv 1908.07801)",
+        low=0.0,
+        high=1.0,
+    )
     suppress: str = option(
         "hard", "evaluation: how overlapping boxes of a class are thinned out: hard, linear or gaussian (soft-NMS)",
         choices=("hard", "linear", "gaussian"), neutral=True,

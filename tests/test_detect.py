@@ -83,6 +83,7 @@ def test_killed_and_resumed_is_bitwise(
     options = ("--ds", str(ds_file(tmp_path, stage, bf16)))
     heldout = (f"data.heldout_shards={found_things / 'heldout'}", "data.heldout_samples=3", "log.heldout_every=3")
     more = (*SCHEDULE, *heldout, f"detect.kind={kind}", "detect.jitter=[0.5, 3.0]", "memory.checkpoint=[torch]")
+    more += ("detect.instaboost=0.5", "detect.mirror=true")
     if kind == "htc":
         more += ("detect.stuff=3", "detect.norm=group", "detect.box_head=4conv1fc")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -247,6 +248,7 @@ def test_settings_that_do_not_go_together_are_named(tmp_path: Path, capsys: pyte
     assert "detect.classes is 80" in capsys.readouterr().err
     for change, says in (
         ("segment.classes=3", "segment.classes and detect.classes are set"),
+        (["detect.instaboost=0.5", "detect.masks=false"], "moves objects by their masks, but detect.masks is false"),
         ("detect.bounds=[2000, 800]", r"detect.bounds \[2000, 800\] do not fit into the square"),
         ("detect.jitter=[2, 1]", "detect.jitter must be two rising"),
         ("detect.head=fitting", "student.weights, another detector, is not set"),
@@ -254,4 +256,4 @@ def test_settings_that_do_not_go_together_are_named(tmp_path: Path, capsys: pyte
         ("detect.kind=yolo", "detect.kind must be one of mask_rcnn, cascade, htc"),
     ):
         with pytest.raises(UserError, match=says):
-            config.load("cascade_swinv2_base", [change])
+            config.load("cascade_swinv2_base", [change] if isinstance(change, str) else change)

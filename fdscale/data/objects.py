@@ -18,6 +18,7 @@ from torch.nn import functional
 from fdscale.data.coco import lengths
 from fdscale.data.decode import Picture, decode_numbers
 from fdscale.data.dense import IGNORED, fitted, resized
+from fdscale.data.instaboost import Scene, around, boosted
 from fdscale.data.lost import Lost
 from fdscale.data.order import philox
 from fdscale.data.stream import MASK, OBJECTS, Seen
@@ -98,12 +99,14 @@ def train_scene(
     interpolation: str,
     classes: int,
     masks: bool,
+    instaboost: float = 0.0,
 ) -> Seen:
     """An image (3, S, S) uint8, resized at random, at the top left of a square; and what is on it.
 
     jitter: the image is fitted into the square times a factor drawn uniformly from here, and a random part that fits is
     taken (large-scale jitter). short_side: or its short side is drawn uniformly from here, with a long side of at most
-    `bounds`', or S; it is taken whole. flip: probability. number: of the sample, so that each epoch draws anew.
+    `bounds`', or S; it is taken whole. flip: probability. instaboost: probability that objects, with their masks, are
+    moved a little before (`instaboost.boosted`). number: of the sample, so that each epoch draws anew.
     stuff: the PNG with the classes of pixels.
 
     Beside the image: sizes (2,) int64, h and w; stuff (S, S) uint8, IGNORED beyond; and of each object that is neither
@@ -111,7 +114,11 @@ def train_scene(
     numpy.packbits. Raises Lost as `read` does, and where image and objects do not belong together.
     """
     picture, known = _opened(image, objects, classes, masks)
-    draws = ((philox(seed, number, (0, 11, 0, 0), 4) >> np.uint64(11)) * 2.0**-53).tolist()
+    draws = ((philox(seed, number, (0, 11, 0, 0), 5) >> np.uint64(11)) * 2.0**-53).tolist()
+    numbers = None if stuff is None else _stuff(stuff, known.size)
+    whole = picture.part(0, 0, picture.height, picture.width)
+    if draws[4] < instaboost:
+        whole, known, numbers = _boosted(whole, known, numbers, seed, number)
     if jitter is not None:
         height, width = fitted(known.size, (size, size), jitter[0] + (jitter[1] - jitter[0]) * draws[0])
     else:
@@ -119,10 +126,12 @@ def train_scene(
         short = short_side[0] + int(draws[0] * (short_side[1] - short_side[0] + 1))
         height, width = fitted(known.size, (max(max(bounds or (size,)), short), short))
         height, width = _inside(height, width, size)
-    top, left = (int(draw * (max(side - size, 0) + 1)) for draw, side in zip(draws[2:], (height, width), strict=True))
+    top, left = (int(draw * (max(side - size, 0) + 1)) for draw, side in zip(draws[2:4], (height, width), strict=True))
     tall, wide = min(size, height), min(size, width)
     mirrored = draws[1] < flip
-    pixels = _pixels(picture, (height, width), interpolation)[:, top : top + tall, left : left + wide]
+    pixels = resized(whole.permute(2, 0, 1).contiguous(), (height, width), interpolation)[
+        :, top : top + tall, left : left + wide
+    ]
     rows = _nearest(known.size[0], height)[top : top + tall]
     columns = _nearest(known.size[1], width)[left : left + wide]
     if mirrored:
@@ -142,8 +151,8 @@ def train_scene(
         many["masks"] = torch.from_numpy(bits[there])
     many |= {"boxes": torch.from_numpy(boxes[there]), "classes": torch.from_numpy(known.classes[there])}
     alike = {"sizes": torch.tensor([tall, wide])}
-    if stuff is not None:
-        numbers = _stuff(stuff, known.size)[np.ix_(rows, columns)]
+    if numbers is not None:
+        numbers = numbers[np.ix_(rows, columns)]
         beyond = ((0, size - tall), (0, size - wide))
         alike["stuff"] = torch.from_numpy(np.pad(numbers, beyond, constant_values=IGNORED))
     return Seen(functional.pad(pixels, (0, size - wide, 0, size - tall)), alike, many)
@@ -187,9 +196,22 @@ def _opened(image: bytes, objects: bytes, classes: int, masks: bool) -> tuple[Pi
     return picture, known
 
 
-def _pixels(picture: Picture, size: tuple[int, int], interpolation: str) -> Tensor:
-    pixels = picture.part(0, 0, picture.height, picture.width).permute(2, 0, 1)
-    return resized(pixels.contiguous(), size, interpolation)
+def _boosted(
+    whole: Tensor, known: Annotated, stuff: np.ndarray | None, seed: int, number: int
+) -> tuple[Tensor, Annotated, np.ndarray | None]:
+    """An image (H, W, 3) whose objects are elsewhere, crowds excepted; without those that are covered now."""
+    from pycocotools import mask
+
+    assert known.masks is not None
+    own = (~known.crowd).nonzero()[0]
+    masks = np.array([decoded(known.masks[place]) > 0 for place in own], bool).reshape(-1, *known.size)
+    seen = boosted(Scene(whole.numpy(), masks, stuff), seed, number, IGNORED)
+    boxes, areas, runs = known.boxes.copy(), known.areas.copy(), list(known.masks)
+    boxes[own], areas[own] = around(seen.masks), seen.masks.sum((1, 2))
+    for place, one in zip(own, seen.masks, strict=True):
+        runs[place] = mask.encode(np.asfortranarray(one.astype(np.uint8)))
+    moved = known._replace(boxes=boxes, areas=areas, masks=runs)
+    return torch.from_numpy(seen.pixels), moved, seen.stuff
 
 
 def _inside(height: int, width: int, size: int) -> tuple[int, int]:

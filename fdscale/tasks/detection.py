@@ -36,6 +36,14 @@ class Detections(NamedTuple):
     masks: Tensor | None
 
 
+class View(NamedTuple):
+    """Images at a size: (B, 3, S, S) normalised, 0 beyond sizes (B, 2), height and width; mirrored: within these."""
+
+    images: Tensor
+    sizes: Tensor
+    mirrored: bool = False
+
+
 class Thinning(NamedTuple):
     """How boxes that overlap are thinned out; see `keys.Detect`."""
 
@@ -92,19 +100,21 @@ class Detector(Tuned):
         masks: Tensor | None = None,
         numbers: Tensor | None = None,
         stuff: Tensor | None = None,
+        others: Sequence[View] = (),
     ) -> Any:
         """images (B, 3, S, S) normalised, 0 beyond sizes (B, 2) -> list of B `Detections`; or with objects the loss.
 
+        others: further views of the images to find objects in. What all have found is merged, in the pixels of the
+        first, and each mask is the mean of those that all views see in its box (Detectron2's test-time augmentation).
         counts (B,): objects of each image, of boxes (N, 4), classes (N,) and masks (N, S, S / 8) uint8, packed bits.
         numbers (B,): of the samples, for drop path and what is sampled. stuff (B, S, S) uint8, 255 without class.
         """
         if images.is_meta:
             return self._outline(images)
-        content = [(int(height), int(width)) for height, width in sizes.tolist()]
-        maps = self._maps(images, numbers)
         if counts is None:
-            proposals, _ = self.rpn(maps, content)
-            return self._found(maps, proposals, content)
+            return self._found([View(images, sizes), *others])
+        content = _pairs(sizes)
+        maps = self._maps(images, numbers)
         assert boxes is not None
         assert classes is not None
         assert numbers is not None
@@ -133,9 +143,30 @@ class Detector(Tuned):
         scores, codes = self.rpn.head(list(maps))
         return sum((x.float().sum() for x in (*scores, *codes)), start=self.regions.outline(maps))
 
-    def _found(
-        self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[Detections]:
+    def _found(self, views: Sequence[View]) -> list[Detections]:
+        maps = [self._maps(view.images, None) for view in views]  # of all views, since their masks come later
+        sizes = [_pairs(view.sizes) for view in views]
+        seen: list[list[Detections]] = [[] for _ in sizes[0]]
+        for view, its, inside in zip(views, maps, sizes, strict=True):
+            for place, one in enumerate(self._boxes(its, inside)):
+                boxes = moved(one.boxes, inside[place], sizes[0][place], view.mirrored)
+                seen[place].append(one._replace(boxes=boxes))
+        found = [joined(every, self.thinning) for every in seen]
+        if not self.regions.masks:
+            return found
+        classes = [one.classes for one in found]
+        masks = []
+        for view, its, inside in zip(views, maps, sizes, strict=True):
+            spots = zip(found, sizes[0], inside, strict=True)
+            here = [moved(one.boxes, first, own, view.mirrored) for one, first, own in spots]
+            shares = self.regions.mask(its, here, classes, inside)
+            masks.append([share.flip(2) if view.mirrored else share for share in shares])
+        means = (torch.stack(every).mean(0) for every in zip(*masks, strict=True))
+        return [one._replace(masks=mean) for one, mean in zip(found, means, strict=True)]
+
+    def _boxes(self, maps: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Detections]:
+        """What one view finds, without masks."""
+        proposals, _ = self.rpn(maps, sizes)
         found = []
         for boxes, shares in self.regions.detect(maps, proposals, sizes):
             kinds = shares.shape[1] - 1
@@ -145,10 +176,7 @@ class Detector(Tuned):
             kept = (scores > self.thinning.least_score).nonzero()[:, 0]
             kept = kept[remove_small_boxes(flat[kept], SMALLEST)]
             found.append(thinned(Detections(flat[kept], scores[kept], classes[kept], None), self.thinning))
-        if not self.regions.masks:
-            return found
-        masks = self.regions.mask(maps, [one.boxes for one in found], [one.classes for one in found], sizes)
-        return [one._replace(masks=mask) for one, mask in zip(found, masks, strict=True)]
+        return found
 
     def head_flops(self, image_size: tuple[int, int]) -> int:
         """Multiply-adds (MACs) of training on one (height, width) image behind the backbone."""
@@ -201,17 +229,22 @@ def thinned(found: Detections, how: Thinning) -> Detections:
             found.boxes, found.scores, found.classes, how.suppress, how.overlap, how.least_score, how.most
         )
     kept = kept[: how.most]
-    masks = None if found.masks is None else found.masks[kept]
-    return Detections(found.boxes[kept], scores[kept], found.classes[kept], masks)
+    return Detections(found.boxes[kept], scores[kept], found.classes[kept], None)
 
 
 def joined(views: Sequence[Detections], how: Thinning) -> Detections:
-    """What several views of an image have found, in the same pixels; masks are those of the boxes that are left."""
+    """What several views of an image have found, in the same pixels, without masks."""
     if len(views) == 1:
         return views[0]
     boxes, scores, classes = (torch.cat(part) for part in list(zip(*(view[:3] for view in views), strict=True)))
-    masks = None if views[0].masks is None else torch.cat([view.masks for view in views if view.masks is not None])
-    return thinned(Detections(boxes, scores, classes, masks), how)
+    return thinned(Detections(boxes, scores, classes, None), how)
+
+
+def moved(boxes: Tensor, before: Sequence[float], after: Sequence[float], mirrored: bool = False) -> Tensor:
+    """Boxes (n, 4) on an image of (height, width) before, where it has (height, width) after, and is mirrored."""
+    factors = [after[1] / before[1], after[0] / before[0]] * 2
+    left, top, right, bottom = (boxes * boxes.new_tensor(factors)).unbind(1)
+    return torch.stack((after[1] - right, top, after[1] - left, bottom) if mirrored else (left, top, right, bottom), 1)
 
 
 def soft_nms(
@@ -238,6 +271,10 @@ def soft_nms(
         )
         scores = torch.where(left, scores * factors, scores)
     return torch.tensor(kept, dtype=torch.int64, device=boxes.device), scores
+
+
+def _pairs(sizes: Tensor) -> list[tuple[int, int]]:
+    return [(int(height), int(width)) for height, width in sizes.tolist()]
 
 
 def pasted(found: Detections, size: Sequence[int]) -> Tensor:

@@ -29,6 +29,7 @@ JITTER = {
     "seed": 0, "size": 64, "jitter": (0.3, 2.0), "short_side": None, "bounds": None, "flip": 0.5,
     "interpolation": "bilinear", "classes": 2, "masks": True,
 }  # fmt: skip
+BOOSTED = {**JITTER, "instaboost": 1.0}
 SHORT = {**JITTER, "jitter": None, "short_side": (30, 60), "bounds": (64, 60)}
 
 
@@ -46,7 +47,7 @@ def sample(seed: int = 0, size: tuple[int, int] = (96, 128)) -> tuple[bytes, byt
     return buffer.getvalue(), member, image, found
 
 
-@pytest.mark.parametrize("how", [JITTER, SHORT])
+@pytest.mark.parametrize("how", [JITTER, SHORT, BOOSTED])
 def test_boxes_and_masks_stay_on_their_pixels(how: dict) -> None:
     """Whatever is drawn: a mask covers what is not black, and its box is around it."""
     seen_mirrored = seen_cut = 0

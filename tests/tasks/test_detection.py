@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.image_list import ImageList
-from torchvision.ops import box_iou
+from torchvision.ops import batched_nms, box_iou
 
 from fdscale.engine.optim import param_groups
 from fdscale.models.layers import initial_value
 from fdscale.models.swin_v2 import SwinV2
 from fdscale.models.vit import ViT
 from fdscale.tasks import proposals, regions
-from fdscale.tasks.detection import Detections, Detector, Thinning, joined, pasted, soft_nms, thinned
+from fdscale.tasks.detection import Detections, Detector, Thinning, View, joined, moved, pasted, soft_nms, thinned
 from fdscale.tasks.proposals import sampled
 from fdscale.tasks.regions import unpacked
 from fdscale.tasks.semantic import stuff_loss
@@ -358,6 +358,51 @@ def test_thinning_keeps_the_surest_of_a_class() -> None:
     apart = [Detections(*(part[some] for part in found[:3]), None) for some in (slice(0, 2), slice(2, 4))]
     assert all(torch.equal(a, b) for a, b in zip(joined(apart, Thinning())[:3], kept[:3], strict=True))
     assert joined(apart[:1], Thinning()) is apart[0]
+
+
+def test_views_are_merged_and_their_masks_averaged() -> None:
+    """Twice the same view says what it says alone; a mirrored one the mirror image; several what a plain loop says."""
+    how = Thinning(least_score=0.3)
+    network = sharpened(detector(thinning=how)).eval()
+    batch = scene()
+    images, sizes = batch["images"], batch["sizes"]
+    other = images.clone()
+    for image, (_, width) in zip(other, sizes.tolist(), strict=True):
+        image[:, :, :width] = image[:, :, :width].flip(2)
+    small, fewer = images[:, :, ::2, ::2].contiguous(), -(-sizes // 2)
+    with torch.no_grad():
+        alone = network(images, sizes)
+        twice = network(images, sizes, others=[View(images, sizes)])
+        both = network(images, sizes, others=[View(other, sizes, True), View(small, fewer)])
+        back = network(other, sizes, others=[View(images, sizes, True), View(small, fewer, True)])
+        views = [(images, sizes, False), (other, sizes, True), (small, fewer, False)]
+        seen = [network(at, size) for at, size, _ in views]
+    assert sum(len(one.scores) for one in alone) > 20
+    for one, two in zip(alone, twice, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    for place, (one, two, size) in enumerate(zip(both, back, sizes.tolist(), strict=True)):
+        assert torch.allclose(one.scores, two.scores, atol=1e-5)
+        assert torch.equal(one.classes, two.classes)
+        assert torch.allclose(one.boxes, moved(two.boxes, size, size, True), atol=1e-3)
+        assert torch.allclose(one.masks, two.masks.flip(2), atol=1e-4)
+        boxes = torch.cat(
+            [
+                moved(some[place].boxes, at[place].tolist(), size, flip)
+                for some, (_, at, flip) in zip(seen, views, strict=True)
+            ]
+        )
+        scores, classes = (torch.cat([getattr(some[place], part) for some in seen]) for part in ("scores", "classes"))
+        kept = batched_nms(boxes, scores, classes, how.overlap)[: how.most]
+        assert torch.allclose(one.boxes, boxes[kept], atol=1e-3)
+        assert torch.equal(one.classes, classes[kept])
+        means = []
+        for at, inside, flip in views:
+            with torch.no_grad():
+                maps = network._maps(at[place : place + 1], None)
+                here = moved(boxes[kept], size, inside[place].tolist(), flip)
+                share = network.regions.mask(maps, [here], [classes[kept]], [inside[place].tolist()])[0]
+            means.append(share.flip(2) if flip else share)
+        assert torch.allclose(one.masks, sum(means) / 3, atol=1e-4)
 
 
 def test_the_plan_sees_what_training_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
