@@ -129,6 +129,8 @@ def _optional() -> list[Finding]:
         "fairscale": "optional: activation checkpointing with CPU offload; pip install 'fdscale[fairscale]'",
         "tensorboard": "optional: curves; pip install 'fdscale[tensorboard]'",
         "wandb": "optional: logging to Weights & Biases; pip install 'fdscale[wandb]'",
+        "transformers": "optional: segment.head=mask2former; pip install 'fdscale[mask2former]'",
+        "cv2": "optional: detect.instaboost; pip install 'fdscale[instaboost]'",
         "matplotlib": "optional: the demo's picture; pip install 'fdscale[demo]'",
     }
     findings = []

@@ -19,8 +19,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fdscale import UserError, config, dist, evaluate
 from fdscale.diagnose.landscape import direction, sharpness, surface
 from fdscale.inputs import open_heldout
+from fdscale.kernels import attention
 
 AROUND = ("loss", "top1")
+KERNELS = "reference"  # the implementation of window attention that has second derivatives
 
 
 class Wanted(NamedTuple):
@@ -40,6 +42,12 @@ class Wanted(NamedTuple):
             )
         if not 0 < self.reach < float("inf") or self.seeds < 1:
             raise UserError(f"--reach and --seeds must be positive, got {self.reach:g} and {self.seeds}")
+        chosen, source = attention.asked(KERNELS)
+        if chosen != KERNELS:
+            raise UserError(
+                f"{source} asks for {chosen}, but a landscape's sharpness needs second derivatives: unset it, and "
+                f"{KERNELS} is taken"
+            )
 
 
 def around(settings: config.Config, weights: Path | str, images: int, wanted: Wanted) -> dict[str, Any]:
@@ -52,8 +60,8 @@ def around(settings: config.Config, weights: Path | str, images: int, wanted: Wa
     if index is None:
         raise UserError("data.heldout_shards is not set: --set data.heldout_shards=DIRECTORY_OR_PATTERN")
     data = dataclasses.replace(settings.data, heldout_samples=min(images, index.samples))
-    # What has second derivatives, and no checkpointing, some kinds of which have not.
-    memory = dataclasses.replace(settings.memory, kernels="reference", attention_chunk=(0,), checkpoint=("none",))
+    # No checkpointing, since some kinds have no second derivatives.
+    memory = dataclasses.replace(settings.memory, kernels=KERNELS, attention_chunk=(0,), checkpoint=("none",))
     classify = dataclasses.replace(settings.classify, crops=1)
     settings = dataclasses.replace(settings, data=data, memory=memory, classify=classify)
     network = evaluate.loaded(settings, weights)

@@ -151,7 +151,7 @@ def test_around_the_weights_of_a_classifier(classifier: Path, tmp_path: Path) ->
     assert [row[1] for row in plane["loss"][0]] == pytest.approx(line["loss"][0], rel=1e-5)
 
 
-def test_landscapes_that_cannot_be(classifier: Path, student_of_a_vit: Path, shards: Path, capsys) -> None:
+def test_landscapes_that_cannot_be(classifier: Path, student_of_a_vit: Path, shards: Path, capsys, monkeypatch) -> None:
     for words, says in (
         ((classifier, "--points", 4), "--points must be odd"),
         ((classifier, "--reach", 0), "--reach and --seeds must be positive"),
@@ -160,3 +160,6 @@ def test_landscapes_that_cannot_be(classifier: Path, student_of_a_vit: Path, sha
     ):
         assert cli.main(["diagnose", *map(str, words), "--landscape", "line"]) == 2
         assert says in capsys.readouterr().err
+    monkeypatch.setenv("FDSCALE_KERNELS", "torch")
+    assert cli.main(["diagnose", str(classifier), "--landscape", "line"]) == 2
+    assert "the environment variable FDSCALE_KERNELS asks for torch" in capsys.readouterr().err
