@@ -32,7 +32,7 @@ COLLECTIVES = (os.path.join("torch", "distributed", ""), os.path.join("deepspeed
 class Place(NamedTuple):
     """Where a rank is."""
 
-    count: int  # notes up to now
+    notes: int  # up to now
     period: int  # things with a limit of their own up to now
     allowed_s: float
     name: str  # such as step 17
@@ -42,7 +42,7 @@ class Place(NamedTuple):
 class Answer(NamedTuple):
     """What a rank tells the others; in order, those that keep the others waiting come first."""
 
-    count: int
+    notes: int
     waits: bool  # for others, in a collective
     text: str
 
@@ -67,7 +67,7 @@ class Watchdog:
     def begin(self, name: str, slack: float = 1) -> None:
         """Something begins that may take so many times the limit of a step."""
         before = self._place
-        self._place = Place(before.count + 1, before.period + 1, slack * self._limit_s, name, "")
+        self._place = Place(before.notes + 1, before.period + 1, slack * self._limit_s, name, "")
 
     def again(self) -> None:
         """What was begun made progress: its limit counts from here."""
@@ -76,7 +76,7 @@ class Watchdog:
     def at(self, phase: str) -> None:
         """The next part of it begins. All ranks must note the same."""
         before = self._place
-        self._place = before._replace(count=before.count + 1, phase=phase)
+        self._place = before._replace(notes=before.notes + 1, phase=phase)
 
     def start(self) -> None:
         """Begin to look; the process group must be there."""
@@ -98,7 +98,7 @@ class Watchdog:
         spent_s, last_s, period = 0.0, time.monotonic(), self._place.period
         while not self._ended.wait(self._tick_s):
             # The stacks of a process in which no Python thread gets to run, such as this one, go to its log.
-            faulthandler.dump_traceback_later(self._limit_s + SLACK * self._tick_s, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._limit_s + SLACK * self._tick_s, file=sys.__stderr__ or sys.stderr)
             place, now_s = self._place, time.monotonic()
             # A process that was stopped as a whole, say by Slurm for another job, did not hang.
             spent_s = 0.0 if place.period != period else spent_s + min(now_s - last_s, 2 * self._tick_s)
@@ -122,7 +122,7 @@ class Watchdog:
         """Stacks to a file, the late rank to all, and out."""
         place = self._place
         where = f"{place.name}: {place.phase}" if place.phase else place.name
-        mine = Answer(place.count, self._in_a_collective(), f"rank {dist.rank()} on {os.uname().nodename} at {where}")
+        mine = Answer(place.notes, self._in_a_collective(), f"rank {dist.rank()} on {os.uname().nodename} at {where}")
         _bounded(lambda: self._dump(mine))
         limit = f"longer than {place.allowed_s:g} s (guard.step_limit_s is {self._limit_s:g})"
         if self._store is None:
@@ -152,7 +152,8 @@ class Watchdog:
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
         if torch.cuda.is_available() and dist.world() > 1:  # the flight recorder, for `torchfrtrace`
-            trace = torch._C._distributed_c10d._dump_nccl_trace()
+            c10d: Any = torch._C._distributed_c10d
+            trace = c10d._dump_nccl_trace()
             (self._directory / f"collectives-{dist.rank()}").write_bytes(trace)
 
     def _meet(self, mine: Answer) -> str:

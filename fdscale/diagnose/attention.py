@@ -146,7 +146,7 @@ def _timms(
         cell = (size[0] / grid[0], size[1] / grid[1])
         see(number, Attended(weights.unflatten(0, (-1, len(places))), places, cell))
         return
-    patches = getattr(network, "patch_embed", None)
+    patches: Any = getattr(network, "patch_embed", None)
     grid = patches.dynamic_feat_size(size) if hasattr(patches, "dynamic_feat_size") else None
     first = weights.shape[-1] - math.prod(grid) if grid is not None else -1
     if grid is None or first < 0:

@@ -47,8 +47,8 @@ def attention_is_right(name: str, device: torch.device) -> bool:
         table, scale = 16 * _normal(2, 15, 15).sigmoid(), torch.tensor([10.0, 30.0]).log()
         given = [qkv.to(device, dtype), table.to(device), scale.to(device)]
         return _difference(
-            lambda *x: attention.window_attention(*x, window, shift, by=name),
-            lambda *x: reference.window_attention(*x, window, shift),
+            lambda qkv, table, scale: attention.window_attention(qkv, table, scale, window, shift, by=name),
+            lambda qkv, table, scale: reference.window_attention(qkv, table, scale, window, shift),
             given,
             ("qkv", "bias table", "logit scale"),
         )

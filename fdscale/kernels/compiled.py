@@ -29,7 +29,6 @@ def library() -> ctypes.CDLL:
     """The kernels' launchers. Raises OSError where they are not built, or not for this machine."""
     lib = ctypes.CDLL(str(LIBRARY))
     lib.window_attention_error.restype = ctypes.c_char_p
-    lib.emulated = hasattr(lib, "emulator_seed")  # the same source, compiled for a CPU: see tests/kernels/emulated
     return lib
 
 
@@ -44,7 +43,7 @@ def cannot_run(device: torch.device) -> str | None:
             "its library is not built (python -m fdscale.kernels.build does it; it needs nvcc, and the driver of that "
             "CUDA: 525.60 or later for 12, 580.65 or later for 13)"
         )
-    if lib.emulated:
+    if hasattr(lib, "emulator_seed"):  # the same source, compiled for a CPU: see tests/kernels/emulated
         return None
     if device.type != "cuda" or torch.version.hip:
         return "it needs an NVIDIA GPU"
@@ -254,7 +253,8 @@ def backward(
 
         return fused.backward(grad, qkv, table, logit_scale, out, lse, window, shift, masked)
     job = Job(qkv, table, logit_scale, window, shift, masked)
-    layout, new = job.layout, {"device": qkv.device, "dtype": torch.float32}
+    layout = job.layout
+    new: dict[str, Any] = {"device": qkv.device, "dtype": torch.float32}
     share = -(-job.count // -(-BLOCKS // (job.heads * layout.groups)))  # windows of a block
     shares = -(-job.count // share)
     d_qkv = torch.empty_like(job.tensors["qkv"])

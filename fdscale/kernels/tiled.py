@@ -163,7 +163,7 @@ def _exp(x: Tensor) -> Tensor:
 
     A CPU takes several times as long for those, and a mask of -100 makes many.
     """
-    return F.threshold_(x, -86.0, -math.inf).exp_()
+    return torch.threshold_(x, -86.0, -math.inf).exp_()
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -158,12 +158,12 @@ class Teacher:
 
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """(h, w) of the token grid for views of image_size = (H, W). UserError where the network refuses that size."""
-        size = self.image_size or tuple(image_size)
+        size = self.image_size or pair(image_size)
         if self._parts.grid is not None:
-            return tuple(self._parts.grid(size))
+            return pair(self._parts.grid(size))
         shape, _ = self._dry_run(size)
         if len(shape) == 4:
-            return tuple(shape[2:])
+            return pair(shape[2:])
         tokens = shape[1] - len(self.prefix)
         rows = round(math.sqrt(max(tokens, 0) * size[0] / size[1]))
         columns = tokens // max(rows, 1)
@@ -177,7 +177,7 @@ class Teacher:
 
     def flops(self, image_size: tuple[int, int]) -> int:
         """Multiply-adds (MACs) of one forward of one view of image_size = (H, W): matrix products and convolutions."""
-        size = self.image_size or tuple(image_size)
+        size = self.image_size or pair(image_size)
         return self._parts.flops(size) if self._parts.flops is not None else self._dry_run(size)[1]
 
     def fingerprint(self) -> str:
@@ -301,7 +301,13 @@ def _twin(network: nn.Module) -> nn.Module:
 def built_for(network: nn.Module) -> tuple[int, int]:
     """The image size a network with position embeddings was built for; 224 x 224 for any other."""
     size = getattr(getattr(network, "patch_embed", None), "img_size", None) or (224, 224)
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (size, size) if isinstance(size, int) else pair(size)
+
+
+def pair(size: Sequence[int]) -> tuple[int, int]:
+    """(height, width)."""
+    height, width = size
+    return height, width
 
 
 def short(error: Exception) -> str:

@@ -49,7 +49,7 @@ class ResidualNorm(LayerNorm):
 
     fused = False
 
-    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:  # type: ignore[override]
         """x, branch (B, ..., C); keep (B,) or None for 1."""
         if self.fused and can_run(x.device):
             return residual_norm(x, branch, keep, self.weight, self.bias, self.eps)

@@ -69,7 +69,7 @@ def pair(
 
     Raises UserError if the grids differ and nothing is said about resampling, or for an unknown way of resampling.
     """
-    student_grid, teacher_grid = tuple(student_grid), tuple(teacher_grid)
+    student_grid, teacher_grid = (student_grid[0], student_grid[1]), (teacher_grid[0], teacher_grid[1])
     if resample is not None and resample not in RESAMPLE:
         raise UserError(f"teacher.resample: {resample!r} is unknown. Expected one of {', '.join(RESAMPLE)}, or null.")
     if student_grid != teacher_grid and resample is None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fdscale import UserError
 from fdscale.models import BACKBONES, convert
 from fdscale.models.eight_bit import KINDS
-from fdscale.models.frozen import Forward, Parts, Teacher, built_for, dry_run, short
+from fdscale.models.frozen import Forward, Parts, Teacher, built_for, dry_run, pair, short
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +99,7 @@ def load_teacher(
         raise UserError(f"teacher.feature: {feature!r}. Expected one of last, {', '.join(STRIDES)}.")
     if (mean is None) != (std is None):
         raise UserError("teacher.mean and teacher.std must be given together.")
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size) if image_size else None
+    size = (image_size, image_size) if isinstance(image_size, int) else pair(image_size) if image_size else None
     place = torch.device("meta") if shapes_only and kind != "python" else nullcontext()
     with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(RANDOM_SEED)
@@ -202,11 +202,11 @@ def _call(network: nn.Module, images: Tensor) -> Tensor:
     return network(images)
 
 
-def _map_of_stride(network: nn.Module, images: Tensor, stride: int) -> Tensor:
+def _map_of_stride(network: Any, images: Tensor, stride: int) -> Tensor:
     return next(m for m in network.maps(images) if images.shape[-1] == stride * m.shape[-1])
 
 
-def _timm_last(network: nn.Module, images: Tensor, norm: str | None) -> Tensor:
+def _timm_last(network: Any, images: Tensor, norm: str | None) -> Tensor:
     output = network.forward_features(images)
     if norm is not None:
         output = network.get_submodule(norm)(output)
@@ -215,7 +215,7 @@ def _timm_last(network: nn.Module, images: Tensor, norm: str | None) -> Tensor:
     return output
 
 
-def _timm_map(network: nn.Module, images: Tensor, index: int) -> Tensor:
+def _timm_map(network: Any, images: Tensor, index: int) -> Tensor:
     options = {"norm": False, "output_fmt": "NCHW", "intermediates_only": True, "stop_early": True}
     return network.forward_intermediates(images, indices=[index], **options)[0]
 
@@ -279,7 +279,7 @@ def _check_quickgelu(name: str, arch: str, tag: str, args: Mapping[str, Any]) ->
         )
 
 
-def _load_timm(network: nn.Module, state: dict[str, Tensor], path: str, name: str, arch: str) -> None:
+def _load_timm(network: Any, state: dict[str, Tensor], path: str, name: str, arch: str) -> None:
     import timm
 
     if OPENAI_ONLY & state.keys() and "quickgelu" not in arch:
@@ -309,7 +309,7 @@ def _timm_final_norm(network: nn.Module, name: str) -> str | None:
     timm has it at `norm`, or, meant for pooled features, at `fc_norm` (then `norm` is Identity) or `head.norm`.
     Convolutional networks with BatchNorm have none and need none.
     """
-    found = {place: _submodule(network, place) for place in ("norm", "fc_norm", "head.norm")}
+    found: dict[str, Any] = {place: _submodule(network, place) for place in ("norm", "fc_norm", "head.norm")}
     norms = [place for place, module in found.items() if "norm" in type(module).__name__.lower()]
     ran: list[str] = []
     marks = [found[place].register_forward_hook(lambda *_, place=place: ran.append(place)) for place in norms]
