@@ -128,7 +128,8 @@ def ways(shape: Shape, device: torch.device) -> dict[str, Callable[..., Tensor]]
 
 def ours(shape: Shape, device: torch.device) -> tuple[dict[str, Callable[..., Tensor]], dict[str, str]]:
     """Those of memory.kernels that can run there, and why the others cannot."""
-    found, left_out = {}, {}
+    found: dict[str, Callable[..., Tensor]] = {}
+    left_out = {}
     pairs = ((shape.window,) * 2, (shape.shift,) * 2)
     for name in attention.NAMES:
         if why := attention.cannot_run(name, device):

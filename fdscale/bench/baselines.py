@@ -69,7 +69,7 @@ def of_others(leaves: list[Tensor], window: int, shift: int, compiled: bool) -> 
     backend = backend_of(pinned(), leaves, *where)
     found = {"official": Way(_at(official, where)), "SDPA": Way(_under(pinned, _at(sdpa, where)), note=backend)}
     with torch.no_grad():
-        added = bias_and_mask(*leaves[:2], where[2])
+        added = bias_and_mask(leaves[0], leaves[1], where[2])
     frozen = _at(partial(sdpa, added=added), where)
     backend = backend_of(nullcontext(), leaves, *where, added)
     found["SDPA, frozen bias"] = Way(frozen, trains=False, exact=False, note=f"a bound; {backend}")
@@ -188,7 +188,8 @@ def backend_of(
 ) -> str:
     """The backend that torch's scaled_dot_product_attention takes, by its own choice within a context."""
     try:
-        given = _sdpa_inputs(*leaves, window, shift, constants, added)
+        qkv, table, scale = leaves
+        given = _sdpa_inputs(qkv, table, scale, window, shift, constants, added)
         with context:
             choice = torch._fused_sdp_choice(*given[:3], attn_mask=given[3], dropout_p=0.0, is_causal=False, scale=1.0)
         return f"backend {SDPBackend(choice).name}"

@@ -77,9 +77,9 @@ def once(device: torch.device) -> None:
 
 def results(name: str, given: list[Tensor], place: Place) -> list[Tensor]:
     """The map and the gradients of qkv, table and scale."""
-    leaves = [x.clone().requires_grad_() for x in given[:3]]
+    leaves = qkv, table, scale = [x.clone().requires_grad_() for x in given[:3]]
     _, window, shift, _ = place
-    out = attention.window_attention(*leaves, (window, window), (shift, shift), by=name)
+    out = attention.window_attention(qkv, table, scale, (window, window), (shift, shift), by=name)
     return [out.detach(), *torch.autograd.grad(out, leaves, given[3])]
 
 

@@ -89,8 +89,11 @@ def measure(rounds: int, effort: Effort) -> dict[str, Any]:
             result["loader"][str(workers)] = {"images": count, "seconds": in_turns(passes, rounds)}
     with one_core(), tempfile.TemporaryDirectory() as folder:
         tar = many_members(Path(folder), effort.indexed_samples)
-        passes = {"tarfile": partial(walk_with_tarfile, tar), "fdscale": partial(index_anew, tar)}
-        result["index"] = {"samples": effort.indexed_samples, "seconds": in_turns(passes, rounds)}
+        walks: dict[str, Callable[[], None]] = {
+            "tarfile": partial(walk_with_tarfile, tar),
+            "fdscale": partial(index_anew, tar),
+        }
+        result["index"] = {"samples": effort.indexed_samples, "seconds": in_turns(walks, rounds)}
     return result
 
 
@@ -227,7 +230,7 @@ def samples_of(shards: str) -> Samples:
 
 def stream_pass(shards: str, workers: int, wanted: int) -> float:
     """Our stream with worker processes."""
-    sizes = {"batch_size": BATCH, "micro_batch": BATCH, "rank": 0, "world": 1, "start": 0}
+    sizes: dict[str, Any] = {"batch_size": BATCH, "micro_batch": BATCH, "rank": 0, "world": 1, "start": 0}
     stream = batches(samples_of(shards), workers=workers, prefetch=PREFETCH, **sizes)
     try:
         return timed(stream, workers, wanted)

@@ -125,7 +125,7 @@ def cases(shape: Shape, device: torch.device, dtype: torch.dtype) -> dict[str, t
             partial(cut, rows.window_partition),
         ),
     ):
-        ways = {"eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
+        ways: dict[str, Callable[..., Tensor]] = {"eager": plain, "torch.compile": torch.compile(plain, dynamic=False)}
         if rows.can_run(device):
             ways["triton"] = fused
         found[op] = ([x.requires_grad_() for x in leaves], ways)

@@ -70,7 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def sized(side: int, window: int, micro: int, tiny: bool) -> list[str]:
     """Overrides of the recipe for a size; tiny ones keep the windows and a sixth of the side."""
-    found = {"data.image_size": side, "student.args.window_size": window, "teacher.args.window_size": window}
+    found: dict[str, Any] = {
+        "data.image_size": side,
+        "student.args.window_size": window,
+        "teacher.args.window_size": window,
+    }
     found |= {"teacher.args.img_size": side, "memory.micro_batch": micro, "optim.batch_size": micro}
     if tiny:
         found |= {"data.image_size": side // 6, "teacher.args.img_size": side // 6, "memory.micro_batch": 1}

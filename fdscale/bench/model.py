@@ -115,11 +115,11 @@ def student(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[], N
     """A distillation step on random images and targets."""
     sizes = SIZES["B"] if device.type == "cuda" else TINY
     with torch.device("meta"):
-        module = Distiller(SwinV2(img_size=case.side, window_size=case.window, **sizes), TEACHER_WIDTH)
-    module = filled(module.to_empty(device=device)).train()
+        made = Distiller(SwinV2(img_size=case.side, window_size=case.window, **sizes), TEACHER_WIDTH)
+    module = filled(made.to_empty(device=device)).train()
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     images = torch.randn(case.batch, 3, case.side, case.side, device=device)
-    tokens = (case.side // module.backbone.stride) ** 2
+    tokens = (case.side // made.backbone.stride) ** 2
     target = whiten(torch.randn(case.batch, tokens, TEACHER_WIDTH, device=device))
     numbers = torch.arange(case.batch, device=device)
 
@@ -149,10 +149,11 @@ def stack(case: Case, device: torch.device) -> tuple[nn.Module, Callable[[], Non
 
     def step() -> None:
         out: Tensor = x
-        for block in module:
+        for block in module.children():
             out = once(block, out)
         out.backward(grad)
         for parameter in (x, *module.parameters()):
+            assert parameter.grad is not None
             parameter.grad.zero_()
 
     return module, step

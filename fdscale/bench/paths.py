@@ -32,6 +32,7 @@ def computed_by(name: str, module: nn.Module) -> Iterator[None]:
     """Within, all window attention of the network is computed by one of `names`. Windows are square."""
     kernels = name.removesuffix(FUSED)
     before = [(part, vars(part).get("kernels"), vars(part).get("fused")) for part in module.modules()]
+    part: Any
     for part in module.modules():
         if hasattr(part, "kernels"):
             part.kernels = "reference" if kernels in OTHERS else kernels

@@ -73,20 +73,20 @@ def _arguments(settings: config.Config) -> dict[str, Any]:
     return {"img_size": settings.data.image_size, **settings.student.args}
 
 
-def _swin_v2(args: dict[str, Any]) -> nn.Module:
+def _swin_v2(args: dict[str, Any]) -> Any:
     from timm.models.swin_transformer_v2 import SwinTransformerV2
 
     known = inspect.signature(SwinTransformerV2.__init__).parameters
     return SwinTransformerV2(**{name: value for name, value in args.items() if name in known}, num_classes=0)
 
 
-def _vit(args: dict[str, Any]) -> nn.Module:
+def _vit(args: dict[str, Any]) -> Any:
     from timm.models.beit import Beit
 
     args = dict(args)
     final, scale, position = args.pop("final_norm", True), args.pop("layer_scale", 0.1), args.pop("position", "shared")
     flags = {flag: name == position for name, flag in POSITIONS.items()}
-    norm = partial(nn.LayerNorm, eps=1e-6)
+    norm: Any = partial(nn.LayerNorm, eps=1e-6)
     try:
         network = Beit(**args, **flags, init_values=scale, num_classes=0, use_fc_norm=not final, norm_layer=norm)
         network.fc_norm = nn.Identity()  # the norm behind the pooling is the classifier's

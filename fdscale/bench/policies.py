@@ -102,7 +102,7 @@ def measure(model: str, own: tuple[str, ...], fast: str, rounds: int) -> list[di
         kept, peak = (bytes_of(work) for work in (forward, lambda forward=forward: forward().backward()))
         steps[name_of(policy)] = partial(step, forward)
         here = 0 if torch.cuda.is_available() else planned.offloaded  # on a CPU host memory is the same
-        row = {"policy": policy, "kept": kept[0], "peak": peak[1]}
+        row: dict[str, Any] = {"policy": policy, "kept": kept[0], "peak": peak[1]}
         rows.append(row | {"planned_kept": planned.kept + here, "planned_peak": planned.peak + here})
     taken = in_turns(steps, rounds)
     for row in rows:

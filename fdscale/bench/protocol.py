@@ -177,7 +177,7 @@ class Layer:
     def _turn(self, name: str, seconds: float, expected: list[Tensor] | None, first: bool) -> None:
         way, record = self.ways[name], self.found["ways"][name]
         attend = as_trained(way, self.device)
-        calls = [partial(_step, attend, *given, way.trains) for given in self.sets]
+        calls: list[Callable[[], Any]] = [partial(_step, attend, *given, way.trains) for given in self.sets]
         _warm_up(calls, seconds)
         if first:
             record |= memory(attend, *self.sets[0], way.trains)
@@ -203,7 +203,8 @@ class Layer:
             graph.forward.replay()
         self._add(name, "forward, replayed", times([graph.forward.replay for graph in graphs], part, self.device))
         if way.trains:
-            self._add(name, "backward, replayed", times([g.backward.replay for g in graphs], part, self.device))
+            backwards = [graph.backward.replay for graph in graphs if graph.backward is not None]
+            self._add(name, "backward, replayed", times(backwards, part, self.device))
 
     def _add(self, name: str, what: str, taken: list[float]) -> None:
         self.seconds[name].setdefault(what, []).extend(taken)
@@ -259,7 +260,8 @@ def capture(attend: Callable[..., Tensor], leaves: list[Tensor], grad: Tensor, t
     with torch.cuda.stream(stream):
         _step(attend, leaves, grad, trains)
     torch.cuda.current_stream().wait_stream(stream)
-    forward, backward, grads = torch.cuda.CUDAGraph(), None, ()
+    forward, backward = torch.cuda.CUDAGraph(), None
+    grads: tuple[Tensor, ...] = ()
     with torch.cuda.graph(forward, stream=stream):
         out = attend(*leaves)
     if trains:
@@ -293,7 +295,7 @@ def exact_results(shape: Shape, leaves: list[Tensor], grad: Tensor) -> list[Tens
     outs, d_qkv, sums = [], [], [torch.zeros_like(table), torch.zeros_like(scale)]
     for image, above in zip(qkv.split(1), grad.float().split(1), strict=True):
         given = [x.clone().requires_grad_() for x in (image, table, scale)]
-        out = baselines.official(*given, shape.window, shape.shift)
+        out = baselines.official(given[0], given[1], given[2], shape.window, shape.shift)
         grads = torch.autograd.grad(out, given, above)
         outs.append(out.detach())
         d_qkv.append(grads[0])

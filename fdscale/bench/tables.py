@@ -37,8 +37,8 @@ def attention(result: dict[str, Any]) -> str:
     for what in ("forward", "backward"):
         head = (what, "way", "ms replayed (p10 .. p90)", "ms as called", "of the floor", "official takes", "best takes")
         parts.append(table(head, (row for name, layer in layers.items() for row in _time_rows(name, layer, what))))
-    head = ("memory and errors", "way", "kept, MB", "peaks, MB", "error of out", "of qkv", "of table", "of scale")
-    parts.append(table(head, (row for name, layer in layers.items() for row in _other_rows(name, layer))))
+    columns = ("memory and errors", "way", "kept, MB", "peaks, MB", "error of out", "of qkv", "of table", "of scale")
+    parts.append(table(columns, (row for name, layer in layers.items() for row in _other_rows(name, layer))))
     return paragraphs(*parts, *_absent(result))
 
 

@@ -7,7 +7,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ LEAST, MOST = 10, 400  # calls that `times` takes
 QUEUED = 8  # calls in flight on a GPU, so that the limit in seconds holds
 
 
-def in_turns(ways: dict[str, Callable[[], float | None]], rounds: int) -> Clocks:
+def in_turns(ways: Mapping[str, Callable[[], float | None]], rounds: int) -> Clocks:
     """Wall and CPU seconds of each way in every round after a warm-up; a way may return the wall seconds that count.
 
     CPU seconds are of this process alone, without its workers.
@@ -51,7 +51,7 @@ def times(calls: Sequence[Callable[[], Any]], seconds: float, device: torch.devi
     if device.type != "cuda":
         return _wall_times(calls, seconds)
     torch.cuda.synchronize(device)
-    end_s, pairs = time.perf_counter() + seconds, []
+    end_s, pairs = time.perf_counter() + seconds, list[tuple[torch.cuda.Event, torch.cuda.Event]]()
     while len(pairs) < LEAST or (len(pairs) < MOST and time.perf_counter() < end_s):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -65,7 +65,7 @@ def times(calls: Sequence[Callable[[], Any]], seconds: float, device: torch.devi
 
 
 def _wall_times(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    end_s, found = time.perf_counter() + seconds, []
+    end_s, found = time.perf_counter() + seconds, list[float]()
     while len(found) < 1 or (len(found) < MOST and time.perf_counter() < end_s):
         start = time.perf_counter()
         calls[len(found) % len(calls)]()

@@ -62,7 +62,8 @@ def measure(rounds: int, effort: Effort) -> dict[str, Any]:
         for count in COUNTS:
             loaders[f"{count} process{'es' if count > 1 else ''}"] = partial(processes, shards, count)
             loaders[f"{count} thread{'s' if count > 1 else ''}"] = partial(threads, shards, count)
-        train, waits = training_step(), {name: [] for name in loaders}
+        train = training_step()
+        waits: dict[str, list[float]] = {name: [] for name in loaders}
         stepping = {name: partial(in_step, loader, steps, train, waits[name]) for name, loader in loaders.items()}
         alone = {name: partial(drain, loader, steps) for name, loader in loaders.items() if name != "no loader"}
         result = {"machine": machine(), "rounds": rounds, "images": BATCH}
@@ -123,7 +124,7 @@ def still() -> Iterator[Iterator[Tensor]]:
 @contextmanager
 def processes(shards: str, workers: int) -> Iterator[Iterator[Tensor]]:
     """The stream that `fdscale distill` reads."""
-    sizes = {"batch_size": BATCH, "micro_batch": BATCH, "rank": 0, "world": 1, "start": 0}
+    sizes: dict[str, Any] = {"batch_size": BATCH, "micro_batch": BATCH, "rank": 0, "world": 1, "start": 0}
     stream = batches(samples_of(shards), workers=workers, prefetch=PREFETCH, **sizes)
     try:
         yield (batch["images"] for batch in stream)
