@@ -98,7 +98,9 @@ class Watchdog:
         spent_s, last_s, period = 0.0, time.monotonic(), self._place.period
         while not self._ended.wait(self._tick_s):
             # The stacks of a process in which no Python thread gets to run, such as this one, go to its log.
-            faulthandler.dump_traceback_later(self._limit_s + SLACK * self._tick_s, file=sys.__stderr__ or sys.stderr)
+            log = sys.__stderr__ or sys.stderr
+            if log is not None:
+                faulthandler.dump_traceback_later(self._limit_s + SLACK * self._tick_s, file=log)
             place, now_s = self._place, time.monotonic()
             # A process that was stopped as a whole, say by Slurm for another job, did not hang.
             spent_s = 0.0 if place.period != period else spent_s + min(now_s - last_s, 2 * self._tick_s)
@@ -133,7 +135,8 @@ class Watchdog:
                 or f"Rank 0, where ranks find each other, does not answer; {mine.text}"
             )
         text = f"hung: {place.name} takes {limit}. {why}. Stacks: {self._directory}/stacks-*.log"
-        os.write(2, f"\nfdscale: {text}\n".encode())
+        with contextlib.suppress(OSError):  # where standard error is closed
+            os.write(2, f"\nfdscale: {text}\n".encode())
         _bounded(lambda: self._end(HUNG, text))
         os._exit(HUNG)
 

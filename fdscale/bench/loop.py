@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -66,15 +66,17 @@ class TimmDistiller(nn.Module):
 
     def __init__(self, teacher_width: int) -> None:
         super().__init__()
-        import timm
-
-        self.backbone = timm.create_model(
-            "swinv2_tiny_window8_256", img_size=SIZE, window_size=7, num_classes=0, drop_path_rate=0.2
-        )
+        self.backbone = _timm_swin()
         self.projector = nn.Linear(self.backbone.num_features, teacher_width)
 
     def forward(self, images: Tensor, target: Tensor, numbers: Tensor) -> Tensor:
         return feature_loss(self.projector(self.backbone.forward_features(images).flatten(1, 2)), whiten(target))
+
+
+def _timm_swin() -> Any:
+    import timm
+
+    return timm.create_model("swinv2_tiny_window8_256", img_size=SIZE, window_size=7, num_classes=0, drop_path_rate=0.2)
 
 
 def main(rounds: int, batch: int, threads: int | None, json: Path | None) -> int:
@@ -182,7 +184,7 @@ def framework(args: dict[str, Any], teacher: Teacher, images: Tensor, folder: Pa
     def loop() -> None:
         train(
             engine,
-            lambda samples: turnstile,
+            lambda samples: turnstile.batches(),
             lambda batch: prepared(batch, teacher),
             tuple,
             TrainState(),
@@ -212,16 +214,12 @@ class Turnstile:
         self._images = images
         self.arrived, self._enter = threading.Semaphore(0), threading.Semaphore(0)
 
-    def __iter__(self) -> Turnstile:
-        return self
-
-    def __next__(self) -> Tensor:
-        self.arrived.release()
-        self._enter.acquire()
-        return self._images
-
-    def close(self) -> None:
-        """The loop ends with the process."""
+    def batches(self) -> Generator[Tensor, None, None]:
+        """For the loop, which ends with the process."""
+        while True:
+            self.arrived.release()
+            self._enter.acquire()
+            yield self._images
 
     def step(self) -> None:
         """From one request for a batch to the next."""

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdscale import UserError
 from fdscale.models.eight_bit import EightBitLinear
+from fdscale.models.layers import pair
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # (network, normalised images) -> (B, L, C) or (B, C, h, w)
 
@@ -301,13 +302,7 @@ def _twin(network: nn.Module) -> nn.Module:
 def built_for(network: nn.Module) -> tuple[int, int]:
     """The image size a network with position embeddings was built for; 224 x 224 for any other."""
     size = getattr(getattr(network, "patch_embed", None), "img_size", None) or (224, 224)
-    return (size, size) if isinstance(size, int) else pair(size)
-
-
-def pair(size: Sequence[int]) -> tuple[int, int]:
-    """(height, width)."""
-    height, width = size
-    return height, width
+    return pair(size)
 
 
 def short(error: Exception) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from fdscale.kernels.rows import can_run, residual_norm
 INIT_STD = 0.02
 
 
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
     """(rows, columns) from one number for both or from two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
 
@@ -49,7 +50,7 @@ class ResidualNorm(LayerNorm):
 
     fused = False
 
-    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:  # type: ignore[override]  # of three
         """x, branch (B, ..., C); keep (B,) or None for 1."""
         if self.fused and can_run(x.device):
             return residual_norm(x, branch, keep, self.weight, self.bias, self.eps)

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from fdscale import UserError
 from fdscale.models import BACKBONES, convert
 from fdscale.models.eight_bit import KINDS
-from fdscale.models.frozen import Forward, Parts, Teacher, built_for, dry_run, pair, short
+from fdscale.models.frozen import Forward, Parts, Teacher, built_for, dry_run, short
+from fdscale.models.layers import pair
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -99,7 +100,7 @@ def load_teacher(
         raise UserError(f"teacher.feature: {feature!r}. Expected one of last, {', '.join(STRIDES)}.")
     if (mean is None) != (std is None):
         raise UserError("teacher.mean and teacher.std must be given together.")
-    size = (image_size, image_size) if isinstance(image_size, int) else pair(image_size) if image_size else None
+    size = pair(image_size) if image_size else None
     place = torch.device("meta") if shapes_only and kind != "python" else nullcontext()
     with torch.random.fork_rng(devices=[]), place:
         torch.manual_seed(RANDOM_SEED)
