@@ -110,7 +110,7 @@ def _evaluate(verbs: argparse._SubParsersAction) -> None:
 
 
 def _trained(sub: argparse.ArgumentParser, weights: str) -> None:
-    """What has been trained, and where: see `fdscale.evaluate.find`."""
+    """What has been trained, and where: see `fdscale.student.find`."""
     where = "run directory or one checkpoint of it, with the run's own settings; or a recipe"
     sub.add_argument("source", metavar="RUN_OR_RECIPE", help=where)
     sub.add_argument("--run", metavar="DIR", help="of a recipe: take the newest checkpoint of this run")

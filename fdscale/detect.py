@@ -138,6 +138,7 @@ def evaluate(
     """
     detect = settings.detect
     assert detect.classes is not None
+    categories = None if results is None else _categories(index)
     images = min(settings.data.heldout_samples or index.samples, index.samples)
     tally = AveragePrecision(detect.classes, kinds(settings))
     shown = {place * images // max(1, detect.shown) for place in range(detect.shown)}
@@ -168,7 +169,7 @@ def evaluate(
                     content = batch["images"][place, :, : size[0], : size[1]]
                     draw(content, known, found, pictures / f"{number:06d}.png")
     if results is not None:
-        _submit(tally, index, results)
+        _submit(tally, categories, results)
     scores = tally.result()
     if scores is None:
         raise UserError(f"no sample of data.heldout_shards ({settings.data.heldout_shards}) can be read")
@@ -201,15 +202,19 @@ def _plain(found: Detections, size: tuple[int, int]) -> Found:
     return Found(found.boxes.cpu().numpy(), found.scores.cpu().numpy(), found.classes.cpu().numpy(), runs)
 
 
-def _submit(tally: AveragePrecision, index: Index | Folders, path: Path) -> None:
-    """Write what was found as the official server takes it; a collective."""
+def _categories(index: Index | Folders) -> Any:
+    """Of the classes, what the official server calls them. Raises UserError where they are not known."""
     try:
-        categories = json.loads((Path(index.root) / "categories.json").read_text())
+        return json.loads((Path(index.root) / "categories.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(
             f"{index.root}: holds no categories.json ({error}), which `fdscale shards make` writes: without it the "
             "categories have no numbers"
         ) from None
+
+
+def _submit(tally: AveragePrecision, categories: Any, path: Path) -> None:
+    """Write what was found as the official server takes it; a collective."""
     rows = tally.submission(categories)
     if dist.rank() == 0:
         try:

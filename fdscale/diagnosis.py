@@ -26,8 +26,7 @@ from fdscale.diagnose import heads
 from fdscale.diagnose.attention import Attended, block_outputs, has_attention, watched
 from fdscale.diagnose.features import LayerLikeness, Likeness, Moments
 from fdscale.diagnose.heads import Heads, Look
-from fdscale.engine.initialize import materialise, prepare_environment
-from fdscale.evaluate import find
+from fdscale.engine.initialize import prepare_environment
 from fdscale.inputs import heldout_batches, normalise, open_heldout, to_device
 from fdscale.landscapes import Wanted
 from fdscale.objective import whiten
@@ -108,17 +107,19 @@ def _subjects(
 ) -> tuple[config.Config, list[Subject]]:
     """The networks, the first one's settings saying which images they see."""
     if teacher is not None:
+        if run is not None or weights is not None:
+            raise UserError("--teacher is the recipe's own: leave out --run and --weights, which are a student's")
         settings = config.load(source, overrides)
         first = _teacher(settings, teacher)
     else:
-        settings, checkpoint = find(source, run, weights, overrides)
+        settings, checkpoint = student.find(source, run, weights, overrides)
         first = _student(settings, checkpoint if checkpoint is not None else str(weights), "student")
     others = []
     for one in compare:
         if one == "teacher":
             others.append(_teacher(settings, ""))
         else:
-            theirs, checkpoint = find(one, None, None, ())
+            theirs, checkpoint = student.find(one, None, None, ())
             assert checkpoint is not None
             theirs = dataclasses.replace(theirs, data=settings.data)
             others.append(_student(theirs, checkpoint, Path(one).name))
@@ -130,11 +131,7 @@ def _subjects(
 
 
 def _student(settings: config.Config, weights: Path | str, name: str) -> Subject:
-    network = student.build(settings, training=False)
-    file = student.read_checkpoint(weights) if isinstance(weights, Path) else student.read_weights(weights)
-    loaded = student.trained_backbone(settings, file)
-    materialise(network, lambda part, shape: loaded[f"{student.PREFIX}{part}"](), torch.float32, dist.device())
-    network.eval()
+    network = student.loaded_backbone(settings, weights)
     size = (settings.data.image_size,) * 2
     tokens = lambda images: network(normalise(images, torch.float32))  # noqa: E731
     return Subject(name, network, tokens, len(network.prefix), network.grid(size), size, (settings, weights))

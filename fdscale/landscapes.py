@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fdscale import UserError, config, dist, evaluate
+from fdscale import UserError, classify, config, dist, student
 from fdscale.diagnose.landscape import direction, sharpness, surface
 from fdscale.inputs import open_heldout
 from fdscale.kernels import attention
@@ -62,13 +62,17 @@ def around(settings: config.Config, weights: Path | str, images: int, wanted: Wa
     data = dataclasses.replace(settings.data, heldout_samples=min(images, index.samples))
     # No checkpointing, since some kinds have no second derivatives.
     memory = dataclasses.replace(settings.memory, kernels=KERNELS, attention_chunk=(0,), checkpoint=("none",))
-    classify = dataclasses.replace(settings.classify, crops=1)
-    settings = dataclasses.replace(settings, data=data, memory=memory, classify=classify)
-    network = evaluate.loaded(settings, weights)
+    once = dataclasses.replace(settings.classify, crops=1)
+    settings = dataclasses.replace(settings, data=data, memory=memory, classify=once)
+    network = student.loaded(settings, weights)
+
+    counted = 0  # images that can be read
 
     def measured() -> dict[str, float]:
-        found = evaluate.evaluate(settings, index, network, torch.float32, lambda batch: True)
+        nonlocal counted
+        found = classify.evaluate(settings, index, network, torch.float32, lambda batch: True)
         assert found is not None
+        counted = found.samples
         return {"loss": found.loss, "top1": found.top1}
 
     half = wanted.points // 2
@@ -79,9 +83,9 @@ def around(settings: config.Config, weights: Path | str, images: int, wanted: Wa
         for seed in range(wanted.seeds)
     ]
     with sdpa_kernel(SDPBackend.MATH):
-        eigenvalue, change = sharpness(network, functools.partial(_losses, settings, index, network), seed=0)
+        eigenvalue, change = sharpness(network, functools.partial(_losses, settings, index, network, counted), seed=0)
     return {
-        "images": data.heldout_samples,
+        "images": counted,
         "multiples": multiples,
         **{name: [one.values[name].tolist() for one in surfaces] for name in AROUND},
         "sharpness": eigenvalue,
@@ -89,12 +93,12 @@ def around(settings: config.Config, weights: Path | str, images: int, wanted: Wa
     }
 
 
-def _losses(settings: config.Config, index: Any, network: nn.Module) -> Iterator[Tensor]:
-    """This rank's parts of the mean cross-entropy."""
-    for batch, images in evaluate.seen(settings, index, torch.float32, settings.classify.classes):
-        labels, counted = (batch[name].to(dist.device()) for name in ("labels", "weights"))
+def _losses(settings: config.Config, index: Any, network: nn.Module, counted: int) -> Iterator[Tensor]:
+    """This rank's parts of the mean cross-entropy of so many images."""
+    for batch, images in classify.seen(settings, index, torch.float32, settings.classify.classes):
+        labels, kept = (batch[name].to(dist.device()) for name in ("labels", "weights"))
         losses = F.cross_entropy(network(images).float(), labels, reduction="none")
-        yield losses[counted.bool()].sum() / (settings.data.heldout_samples or 1)
+        yield losses[kept.bool()].sum() / counted
 
 
 def for_a_person(name: str, found: dict[str, Any]) -> str:

@@ -23,10 +23,9 @@ from fdscale.data.augment import eval_view
 from fdscale.data.folders import Folders, is_folder
 from fdscale.data.index import Index
 from fdscale.data.mixture import Joined
-from fdscale.engine.initialize import materialise, prepare_environment
-from fdscale.evaluate import find
+from fdscale.engine.initialize import prepare_environment
 from fdscale.inputs import heldout_batches, normalise, open_heldout, open_sets, to_device
-from fdscale.starts import write_atomically
+from fdscale.starts import must_be_writable, write_atomically
 from fdscale.tasks import probe
 from fdscale.tasks.probe import Features
 
@@ -46,6 +45,8 @@ def main(
     """Probe, print, and write JSON."""
     prepare_environment()
     dist.init()
+    if out is not None:
+        must_be_writable(Path(out))
     report = measure(source, run, weights, set, teacher, pool, kinds or list(KINDS), epochs)
     if dist.rank() == 0:
         text = json_module.dumps(report, indent=1)
@@ -64,8 +65,10 @@ def measure(
     kinds: Sequence[str], epochs: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What the probes find, as plain data; a collective. Raises UserError for what cannot be probed."""
+    if teacher is not None and (run is not None or weights is not None):
+        raise UserError("--teacher is the recipe's own: leave out --run and --weights, which are a student's")
     if teacher is None:
-        settings, found = find(source, run, weights, overrides)
+        settings, found = student.find(source, run, weights, overrides)
         tokens, prefix = _student(settings, found if found is not None else str(weights))
         who = str(found or weights)
     else:
@@ -101,11 +104,7 @@ Tokens = Callable[[Tensor], Tensor]  # RGB in [0, 1] -> (B, L, C)
 
 def _student(settings: config.Config, weights: Path | str) -> tuple[Tokens, tuple[str, ...]]:
     """The backbone of a run's checkpoint, or of a file."""
-    network = student.build(settings, training=False)
-    file = student.read_checkpoint(weights) if isinstance(weights, Path) else student.read_weights(weights)
-    loaded = student.trained_backbone(settings, file)
-    materialise(network, lambda name, shape: loaded[f"{student.PREFIX}{name}"](), torch.float32, dist.device())
-    network.eval()
+    network = student.loaded_backbone(settings, weights)
     return lambda images: network(normalise(images, torch.float32)), network.prefix
 
 

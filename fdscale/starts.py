@@ -51,6 +51,17 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     os.replace(temporary, path)
 
 
+def must_be_writable(path: Path) -> None:
+    """Make the folders above a file that is written when hours of work have been done. Raises UserError where it could
+    not be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} could not be written ({error}): name another file") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"{path} could not be written: expected a file in a folder that can be written to")
+
+
 def _write(path: Path, text: str, durable: bool = True) -> None:
     with path.open("w") as file:
         file.write(text)

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fdscale import UserError, config, dist
 from fdscale.engine import checkpoint, fp8, memory
 from fdscale.engine.contents import Damaged
+from fdscale.engine.initialize import materialise
 from fdscale.engine.metrics import Work
 from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
@@ -278,6 +279,50 @@ def head_rows(settings: config.Config) -> list[int] | None:
             f"{head}: expected {classes} class numbers, one a line (classify.classes), and found {len(words)}"
         )
     return [int(word) for word in words]
+
+
+def loaded(
+    settings: config.Config, weights: Path | str, averaged: bool = False, precision: torch.dtype = torch.float32
+) -> nn.Module:
+    """A backbone and its head with the weights of a checkpoint, or of a file, on this rank's device, for evaluation."""
+    module = build_labelled(settings, build(settings, training=False))
+    memory.agree_on_kernels(module)
+    file = read_checkpoint(weights, averaged) if isinstance(weights, Path) else read_weights(weights)
+    values = trained_backbone(settings, file) | trained_head(module, file)
+    fill_buffers(module, file)
+    materialise(module, lambda name, shape: values[name](), precision, dist.device())
+    return module.to(dist.device()).eval()
+
+
+def loaded_backbone(settings: config.Config, weights: Path | str) -> Any:
+    """A backbone alone, in float32, with the weights of a checkpoint, or of a file, on this rank's device."""
+    network = build(settings, training=False)
+    memory.agree_on_kernels(network)
+    file = read_checkpoint(weights) if isinstance(weights, Path) else read_weights(weights)
+    values = trained_backbone(settings, file)
+    materialise(network, lambda name, shape: values[f"{PREFIX}{name}"](), torch.float32, dist.device())
+    return network.eval()
+
+
+def find(
+    source: str, run: str | None, weights: str | None, overrides: Sequence[str]
+) -> tuple[config.Config, Path | None]:
+    """The config, and the checkpoint that is evaluated, None where it is a file of weights; a collective."""
+    if run is not None and weights is not None:
+        raise UserError("give --run or --weights, not both")
+    found = None
+    if is_run(Path(source)):
+        if run is not None:
+            raise UserError(f"{source} is a run itself; leave out --run, or give a recipe with it")
+        found = find_checkpoint(Path(source))
+        settings = config.from_dict(checkpoint.read_state(found)["config"], str(found), overrides)
+    else:
+        settings = config.load(source, overrides)
+        if run is not None:
+            found = find_checkpoint(Path(run))
+        elif weights is None:
+            raise UserError(f"{source} is a recipe: say whose weights, with --run DIR or --weights FILE")
+    return settings, (found if weights is None else None)
 
 
 def read_weights(source: str) -> Weights:

@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fdscale"
 
 APPS = {
-    "assemble", "distill", "finetune", "segment", "detect", "evaluate", "probe", "diagnosis", "landscapes", "submit",
-    "export", "cache", "catalog", "doctor", "surroundings", "pack", "pack_options", "demo", "demo_finetune", "claim",
-    "bench", "runs", "plan", "tune", "report", "svg",
+    "assemble", "distill", "finetune", "classify", "segment", "detect", "evaluate", "probe", "diagnosis", "landscapes",
+    "submit", "export", "cache", "catalog", "doctor", "surroundings", "pack", "pack_options", "demo", "demo_finetune",
+    "claim", "bench", "runs", "plan", "tune", "report", "svg",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job", "heldout", "labelled"}  # by the apps that train
 # part of fdscale -> the parts it may import; fdscale itself (UserError, __version__) is open to all

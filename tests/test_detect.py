@@ -6,6 +6,7 @@ The scenes are generated: discs and squares on photographs, with exact boxes and
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,9 +19,11 @@ from PIL import Image
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples
 
 from fdscale import UserError, cli, config
+from fdscale.data.index import open_index
 from fdscale.data.shards import make
-from fdscale.evaluate import find, measure
-from fdscale.student import backbone, build_detector, initial_values, read_weights
+from fdscale.detect import evaluate
+from fdscale.evaluate import measure
+from fdscale.student import backbone, build_detector, find, initial_values, read_weights
 
 pytestmark = pytest.mark.slow
 
@@ -240,6 +243,19 @@ def test_mistakes_are_named(trained: Path, changes: list[str], expected: list[st
         measure(*find(str(trained), None, None, changes))
     for part in expected:
         assert part in str(caught.value)
+
+
+def test_a_set_without_numbers_of_categories_is_told_before_the_work(
+    trained: Path, found_things: Path, tmp_path: Path
+) -> None:
+    shards = tmp_path / "heldout"
+    shutil.copytree(found_things / "heldout", shards)
+    (shards / "categories.json").unlink()
+    settings, _ = find(str(trained), None, None, [f"data.heldout_shards={shards}"])
+    with pytest.raises(UserError, match=r"holds no categories\.json"):
+        evaluate(
+            settings, open_index(str(shards)), None, torch.float32, lambda batch: True, results=tmp_path / "results"
+        )
 
 
 def test_settings_that_do_not_go_together_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

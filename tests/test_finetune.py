@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -22,12 +23,20 @@ from safetensors.torch import load_file
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples
 from timm.models.beit import Beit
 
-from fdscale import UserError, cli, config
+from fdscale import UserError, cli, config, student
 from fdscale.data.index import open_index
 from fdscale.engine.checkpoint import committed
 from fdscale.engine.reader import Reader
-from fdscale.evaluate import find, measure
-from fdscale.student import backbone, build_classifier, initial_values, read_weights, trained_backbone, trained_head
+from fdscale.evaluate import measure
+from fdscale.student import (
+    backbone,
+    build_classifier,
+    find,
+    initial_values,
+    read_weights,
+    trained_backbone,
+    trained_head,
+)
 from fdscale.tasks.classification import Classifier
 
 pytestmark = pytest.mark.slow
@@ -217,13 +226,13 @@ def test_an_evaluation_that_hangs_says_where(trained: Path, tmp_path: Path) -> N
     """The second micro-batch never comes."""
     hang = """
 import itertools, sys, time
-from fdscale import cli, evaluate, watchdog
+from fdscale import classify, cli, evaluate, watchdog
 watchdog.SLACK = evaluate.SLACK = 1
-batches = evaluate.heldout_batches
+batches = classify.heldout_batches
 def hangs(*given):
     yield next(batches(*given))
     time.sleep(600)
-evaluate.heldout_batches = hangs
+classify.heldout_batches = hangs
 sys.exit(cli.main(sys.argv[1:]))
 """
     out = tmp_path / "of a run" / "accuracy.json"
@@ -353,6 +362,37 @@ def test_mistakes_are_named(trained: Path, words: tuple, expected: list[str]) ->
         measure(*find(*named, settings))
     for part in expected:
         assert part in str(caught.value)
+
+
+def test_no_evaluation_takes_the_place_of_another(trained: Path, tmp_path: Path, capsys) -> None:
+    for words in ([], ["--set", "classify.crops=5"], ["--set", "classify.crops=10"]):
+        assert cli.main(["evaluate", str(trained), *words]) == 0
+    capsys.readouterr()
+    reports = [json.loads(path.read_text())["crops"] for path in (trained / "evaluation").glob("step-*.json")]
+    assert sorted(reports) == [1, 5, 10]
+    assert cli.main(["evaluate", str(trained), "--out", str(tmp_path / "new/folder/report")]) == 0
+    assert (tmp_path / "new/folder/report").is_file()
+
+
+def test_what_cannot_be_is_told_before_the_work(
+    trained: Path, digits: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """A place that cannot be written, an average of a file, names of classes that are none."""
+    monkeypatch.setattr(student, "loaded", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("")
+    for words, says in (
+        (["--out", str(tmp_path)], f"{tmp_path} could not be written: expected a file"),
+        (["--out", str(tmp_path / "file/report.json")], "could not be written"),
+        (["--weights", "weights.safetensors", "--ema"], "--ema takes the average of a run's weights"),
+    ):
+        assert cli.main(["evaluate", str(trained), *words]) == 2
+        assert says in capsys.readouterr().err
+    shards = tmp_path / "heldout"
+    shutil.copytree(digits / "heldout", shards)
+    for text, says in (("{", "no JSON"), ('{"0": "zero"}', "expected a list of names"), ("[1, 2]", "a list of names")):
+        (shards / "classes.json").write_text(text)
+        assert cli.main(["evaluate", str(trained), *sets(f"data.heldout_shards={shards}")]) == 2
+        assert says in capsys.readouterr().err
 
 
 def test_recipes_of_the_other_kind_are_named(

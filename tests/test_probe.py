@@ -57,6 +57,8 @@ def test_a_teacher_and_what_is_refused(digits: Path) -> None:
     assert set(report["knn"]) == {"10", "20", "100", "200"}
     assert report["of"] == "timm:vit_tiny_patch16_224.augreg_in21k"
     assert "linear" not in report
+    with pytest.raises(UserError, match="--teacher is the recipe's own: leave out --run and --weights"):
+        measure("demo", None, "no.safetensors", own, "", "cls", ["knn"], 1)
     for overrides, teacher, pool, message in (
         ([*OWN], "", "mean", "needs two labelled sets"),
         (own, "dino", "mean", "--teacher dino: the recipe has one, without a name"),

@@ -22,8 +22,8 @@ from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, l
 from torch import Tensor
 
 from fdscale import UserError, cli, config
-from fdscale.evaluate import find, measure
-from fdscale.student import backbone, build_segmenter, initial_values, read_weights
+from fdscale.evaluate import measure
+from fdscale.student import backbone, build_segmenter, find, initial_values, read_weights
 from fdscale.tasks.segmentation import Segmenter
 
 pytestmark = pytest.mark.slow

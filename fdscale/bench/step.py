@@ -35,12 +35,12 @@ from fdscale import UserError, assemble, config, dist, student
 from fdscale.bench import machine, peers, tables
 from fdscale.bench.timing import ratio, save
 from fdscale.bench.traffic import Traffic, length, union
+from fdscale.classify import Classification
 from fdscale.data.shards import make
 from fdscale.distill import Distillation
 from fdscale.engine.ds_config import bf16, check_checkpointing, check_linear
 from fdscale.engine.initialize import initialize, prepare_environment, read_ds_config
 from fdscale.engine.metrics import peak_flops
-from fdscale.finetune import Classification
 from fdscale.job import Task
 from fdscale.models.teachers import Teacher
 

@@ -105,7 +105,7 @@ def fitted(
     parameters = dict(model.named_parameters())
     if not isinstance(model, (SwinV2, ViT)):  # somebody's own, whose names nobody else has
         ours = {name.removeprefix("backbone."): v for name, v in state_dict.items() if name.startswith("backbone.")}
-        return "fdscale", _exactly(parameters, ours or dict(state_dict), "fdscale")
+        return "fdscale", _exactly(parameters, ours or dict(state_dict), "deepspeed")
     source, weights = _to_our_names(state_dict)
     kind = "SwinV2" if any(name.startswith("layers.") for name in weights) else "ViT"
     built = "SwinV2" if isinstance(model, SwinV2) else "ViT"

@@ -29,7 +29,7 @@ class Classifier(Tuned):
 
     def __init__(self, backbone: Any, classes: int, head_scale: float = 1e-3) -> None:
         super().__init__(backbone)
-        bare = isinstance(backbone.norm, nn.Identity)
+        bare = isinstance(getattr(backbone, "norm", None), nn.Identity)  # one without any says that it is normed
         self.fc_norm = LayerNorm(backbone.width, eps=NORM_EPS) if bare else nn.Identity()
         self.head = nn.Linear(backbone.width, classes)
         self.head_scale = head_scale

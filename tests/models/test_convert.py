@@ -915,3 +915,15 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
         save({"a": torch.ones(3)}, path, {})
     assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_backbone_of_somebodys_own_comes_back_from_an_exported_classifier() -> None:
+    """Its names are its own; the head and the norm before it may be left over, and nothing else."""
+    own = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    state = dict(own.state_dict()) | {"head.weight": torch.zeros(5, 2), "head.bias": torch.zeros(5)}
+    state["fc_norm.weight"] = torch.ones(2)
+    source, weights = convert.fitted(own, state)
+    assert source == "fdscale"
+    assert set(weights) == set(own.state_dict())
+    with pytest.raises(UserError, match="other"):
+        convert.fitted(own, {**state, "other": torch.zeros(1)})

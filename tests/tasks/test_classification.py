@@ -167,3 +167,15 @@ def test_a_sample_that_would_count_twice_is_seen() -> None:
     with pytest.raises(AssertionError, match="counted twice"):
         tally.result()
     assert Tally(4, CLASSES).result() is None
+
+
+def test_a_backbone_without_a_norm_is_normed() -> None:
+    """A norm of its own is no part of what a backbone has to have."""
+
+    class Backbone(nn.Module):
+        width, prefix = 8, ()
+
+    assert isinstance(Classifier(Backbone(), 3).fc_norm, nn.Identity)
+    bare = Backbone()
+    bare.norm = nn.Identity()
+    assert isinstance(Classifier(bare, 3).fc_norm, nn.LayerNorm)

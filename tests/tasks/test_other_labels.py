@@ -14,9 +14,9 @@ from sklearn.metrics import confusion_matrix
 from torchvision.transforms import functional as TF
 
 from fdscale import UserError
+from fdscale.classify import _scores
 from fdscale.data.augment import eval_view
 from fdscale.data.shards import make
-from fdscale.evaluate import _scores
 from fdscale.tasks.classification import Tally
 from fdscale.tasks.labels import read_labels
 
