@@ -292,7 +292,10 @@ def in_steps(config: Config, samples_per_epoch: int) -> Config:
     warmup = schedule.warmup_steps or 0 if schedule.warmup_epochs is None else round(schedule.warmup_epochs * epoch)
     assert steps is not None
     if warmup >= steps:
-        raise UserError(f"schedule: the warm-up of {warmup} steps is not shorter than the run of {steps} steps")
+        raise UserError(
+            f"schedule: the warm-up of {warmup} steps is not shorter than the run of {steps} steps: lower "
+            "schedule.warmup_steps or schedule.warmup_epochs, or train longer"
+        )
     resolved = dataclasses.replace(schedule, steps=steps, epochs=None, warmup_steps=warmup, warmup_epochs=None)
     return dataclasses.replace(config, schedule=resolved)
 

@@ -253,6 +253,8 @@ def report(out: Path, seconds: float) -> None:
         f"   {record['heldout_trivial']:>10.4f}".replace("nan", "  -")
         for record in held
     )
+    here = Path(sys.executable).parent
+    first = "" if shutil.which("fdscale") else f"\n  the command        export PATH={here}:$PATH"
     print(
         f"""
 Done in {seconds:.0f} s. Smooth-L1 of the student's prediction to the teacher's whitened features; lower is better:
@@ -271,7 +273,7 @@ Done in {seconds:.0f} s. Smooth-L1 of the student's prediction to the teacher's 
   exported student   {out / "student.safetensors"}
   run directory      {out / "run"}   (config.yaml, metrics.jsonl, checkpoints/, tensorboard/)
 
-Next:
+Next:{first}
   your own photos    fdscale shards make ~/Pictures shards/mine
                      fdscale distill demo --run runs/mine --set data.shards=shards/mine \\
                          --set teacher.weights={out / "teacher.safetensors"}

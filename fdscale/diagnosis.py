@@ -32,6 +32,7 @@ from fdscale.landscapes import Wanted
 from fdscale.objective import whiten
 from fdscale.starts import write_atomically
 
+FILES = ("features.jpg", "heads.png", "offsets.png", "average.png", "blocks.png", "landscape.png", "maps.npz")
 SHOWN = 5  # images whose maps are drawn
 
 
@@ -89,6 +90,8 @@ def main(
         folder = Path(out)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            for name in FILES:  # of an earlier diagnosis, which may have had more
+                (folder / name).unlink(missing_ok=True)
             write_atomically(folder / "diagnosis.json", json_module.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{out}: could not be written ({error}); name another with --out") from None
@@ -257,9 +260,9 @@ def for_a_person(report: dict[str, Any]) -> str:
         for number, block in enumerate(subject["blocks"]):
             low, high = min(block["distance_px"]), max(block["distance_px"])
             diagonal, columns = (sum(block[name]) / len(block[name]) for name in ("diagonality", "columns"))
+            alike = "one head" if block["similarity"] is None else f"{block['similarity']:.3f}"
             lines.append(
-                f"  {number:>5}   {low:>12.1f} to {high:<12.1f}   {block['similarity']:>17.3f}   {diagonal:>8.3f}   "
-                f"{columns:>7.3f}"
+                f"  {number:>5}   {low:>12.1f} to {high:<12.1f}   {alike:>17}   {diagonal:>8.3f}   {columns:>7.3f}"
             )
     names = [subject["name"] for subject in report["subjects"]]
     if len(names) > 1:

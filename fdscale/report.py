@@ -40,12 +40,15 @@ SPENT = ("useful", "starting", "evaluation", "saving", "lost", "other")
 
 def main(run: str, compare: str | None, pictures: list[str], data: str | None, out: str | None) -> int:
     """Write the report, and its data where they are wanted, and say where."""
-    path = Path(run)
     for one in filter(None, (run, compare)):
         if not (Path(one) / "starts").is_dir():
             raise UserError(f"{one} is no run directory: it holds no starts/; `fdscale runs DIR` finds runs")
-    target = Path(out) if out is not None else path / "report.html"
-    other = Path(compare) if compare else None
+    path = Path(run).resolve()
+    for folder in pictures:
+        if not Path(folder).is_dir():
+            raise UserError(f"--pictures {folder}: no such folder")
+    target = Path(out) if out is not None else Path(run) / "report.html"
+    other = Path(compare).resolve() if compare else None
     text = page(path, other, [Path(folder) for folder in pictures])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ def points(rows: list[dict[str, Any]], key: str) -> Points:
     """(step, value) wherever a line has the key; what is no number is a gap."""
     found: Points = []
     for row in rows:
-        if key in row and row[key] is not None:
+        if key in row:  # null stands for what is not finite
             value = row[key]
             good = isinstance(value, (int, float)) and not isinstance(value, bool)
             found.append((row["step"], float(value) if good else math.nan))
@@ -185,7 +188,7 @@ def _diagnosis(folder: Path) -> str:
                 subject["name"],
                 number,
                 f"{min(block['distance_px']):.1f} to {max(block['distance_px']):.1f}",
-                f"{block['similarity']:.3f}",
+                "one head" if block["similarity"] is None else f"{block['similarity']:.3f}",
                 *(f"{sum(block[name]) / len(block[name]):.3f}" for name in ("diagonality", "columns")),
             )
             for subject in subjects

@@ -10,6 +10,7 @@ import contextlib
 import json as json_module
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 from fdscale import UserError, starts
 
+WIDE = 140  # columns of a terminal from which on there is room for where the time went
 DEPTH = 4  # levels of directories below a given one that are looked through
 TAIL_BYTES = 2**18  # of metrics.jsonl
 STARTING = ("import", "init", "build", "load", "data", "first_step")
@@ -87,6 +89,8 @@ def describe(run: Path, alive: bool) -> dict[str, Any]:
     begun: dict[str, Any] = next((record for record in reversed(records) if "step" in record), {})
     saved = newest_whole(run / "checkpoints")
     ended = last.get("ended") or {}
+    if ended.get("code") == 2 and last is not begun and begun.get("ended"):  # refused before it did anything
+        ended = begun["ended"]
     step, goal = begun.get("step", 0), begun.get("goal")
     return {
         "run": str(run),
@@ -189,7 +193,6 @@ def _number(record: dict[str, Any], key: str) -> float:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -204,7 +207,9 @@ def _print(rows: list[dict[str, Any]]) -> None:
         "restarts",
         "goodput",
     )
-    for name in ("run", "state", *numbers, "the rest"):
+    console = _console()
+    rest = ("the rest",) if console.width >= WIDE else ()
+    for name in ("run", "state", *numbers, *rest):
         table.add_column(name, justify="right" if name in numbers else "left")
     for row in rows:
         table.add_row(
@@ -218,10 +223,10 @@ def _print(rows: list[dict[str, Any]]) -> None:
             _shown(row["images_per_s"], "{:.1f}"),
             str(row["restarts"]),
             _shown(row["goodput"], "{:.1%}"),
-            _rest(row),
+            *((_rest(row),) if rest else ()),
             style=COLOURS.get(row["state"], "red"),
         )
-    Console(highlight=False, markup=False, soft_wrap=True).print(table)
+    console.print(table)
 
 
 def read_ranks(run: Path) -> list[dict[str, Any]]:
@@ -238,7 +243,6 @@ def read_ranks(run: Path) -> list[dict[str, Any]]:
 
 
 def _print_ranks(run: str, ranks: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=run, title_justify="left", box=None, pad_edge=False)
@@ -247,8 +251,15 @@ def _print_ranks(run: str, ranks: list[dict[str, Any]]) -> None:
     for row in ranks:
         spans = (row["step_s"], row["data_wait_s"], row["inputs_s"])
         table.add_row(*(str(row[key]) for key in ("rank", "host", "steps")), *map(_percentiles, spans))
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(table if ranks else f"{run}: one rank, or no log line yet")
+    _console().print(table if ranks else f"{run}: one rank, or no log line yet")
+
+
+def _console() -> Any:
+    """As wide as the terminal; without one, as wide as it takes."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 1000
+    return Console(highlight=False, markup=False, soft_wrap=True, width=width)
 
 
 def _percentiles(seconds: list[float]) -> str:

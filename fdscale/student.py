@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -317,6 +318,8 @@ def find(
         found = find_checkpoint(Path(source))
         settings = config.from_dict(checkpoint.read_state(found)["config"], str(found), overrides)
     else:
+        if "/" in source and not Path(source).exists():
+            raise UserError(f"{source}: no such run directory or recipe file")
         settings = config.load(source, overrides)
         if run is not None:
             found = find_checkpoint(Path(run))
@@ -382,6 +385,8 @@ def find_checkpoint(source: Path) -> Path:
             raise UserError(f"{source}: {problem}")
         return source
     found, skipped = checkpoint.newest_valid(source / "checkpoints")
+    for line in skipped if dist.rank() == 0 else ():
+        print(line, file=sys.stderr)
     if found is None:
         raise UserError(f"{source} holds no valid checkpoint{': ' + skipped[0] if skipped else ''}")
     return found

@@ -43,6 +43,8 @@ def main(
     sbatch: list[str],
 ) -> int:
     """`fdscale submit`."""
+    if "--dry-run" in sbatch:
+        raise UserError("--sbatch takes everything after it: give --dry-run before it")
     scripts = scripts_folder()
     template = scripts / f"{script}.sbatch"
     if not template.is_file():

@@ -117,7 +117,11 @@ def slurm() -> Finding:
         )
     job = os.environ.get("SLURM_JOB_ID")
     inside = f"in job {job}" if job else "not in a job: look again with `srun --gpus 1 fdscale doctor`"
-    return Finding("ok", "Slurm", f"{_told('sbatch', '--version').strip()}; {inside}")
+    version = _told("sbatch", "--version").strip()
+    if not job and not _told("sinfo", "-h", "-o", "%P").strip():
+        what = f"{version or 'sbatch'} is here, but no controller answers to sinfo: see slurm.conf"
+        return Finding("warning", "Slurm", what)
+    return Finding("ok", "Slurm", f"{version}; {inside}")
 
 
 def file_system(folder: str, now: Callable[[], float] = time.time) -> list[Finding]:

@@ -120,16 +120,18 @@ def _runs(points: Points) -> Iterable[Points]:
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many points: of each stretch the least and the largest, in their order, so that no peak is lost."""
+    """At most so many points: of each stretch the least and the largest, in their order, and a gap if it has one, so
+    that neither peak nor gap is lost."""
     if len(points) <= most:
         return points
     kept: Points = []
-    count = most // 2
+    count = most // 3
     for k in range(count):
         some = points[k * len(points) // count : (k + 1) * len(points) // count]
-        finite = [point for point in some if math.isfinite(point[1])] or some[:1]
-        low, high = (pick(finite, key=lambda point: point[1]) for pick in (min, max))
-        kept += sorted({low, high}) if math.isfinite(low[1]) else [low]
+        finite = [point for point in some if math.isfinite(point[1])]
+        ends = {pick(finite, key=lambda point: point[1]) for pick in (min, max)} if finite else set()
+        gaps = [point for point in some if not math.isfinite(point[1])]
+        kept += sorted([*ends, *gaps[:1]])
     return kept
 
 

@@ -350,7 +350,7 @@ def test_a_head_is_taken_along_or_in_part(trained: Path, tmp_path: Path) -> None
             ("TRAINED", None, None, ["classify.classes=12"]),
             ["head.weight have the shape (10, 64)", "expected (12, 64)"],
         ),
-        (("TRAINED/checkpoints/step-1", None, None, []), ["no such recipe file"]),
+        (("TRAINED/checkpoints/step-1", None, None, []), ["no such run directory or recipe file"]),
         (("demo_finetune", "/nowhere", None, []), ["/nowhere: no such run"]),
         (("demo_finetune", "a", "b", []), ["not both"]),
     ],

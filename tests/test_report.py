@@ -155,6 +155,7 @@ def test_torn_lines_and_missing_files_are_passed_over(run: Path) -> None:
     assert rows[9]["loss"] == pytest.approx(math.exp(-9 / 20))  # the last line of a step
     values = dict(points(rows, "loss"))
     assert math.isnan(values[29])
+    assert math.isnan(points([{"step": 1, "loss": None}], "loss")[0][1])  # as the run writes what is not finite
     for name in ("metrics.jsonl", "config.yaml"):
         (run / name).unlink()
     shutil.rmtree(run / "predictions")
@@ -167,6 +168,7 @@ def test_what_is_no_run_or_cannot_be_written_is_named(
     for words, says in (
         ([str(tmp_path)], "is no run directory"),
         ([str(run), "--compare", str(tmp_path)], "is no run directory"),
+        ([str(run), "--pictures", str(tmp_path / "none")], "none: no such folder"),
         ([str(run), "--out", str(run / "metrics.jsonl" / "x.html")], "could not be written"),
     ):
         assert cli.main(["report", *words]) == 2
@@ -190,10 +192,12 @@ def test_pictures_that_do_not_fit_are_counted(run: Path, tmp_path: Path, monkeyp
 def test_a_chart_keeps_peaks_gaps_and_single_points() -> None:
     line = [(float(x), math.sin(x / 50)) for x in range(5000)]
     line[1234] = (1234.0, 9.0)
+    line[3456] = (3456.0, math.nan)
     kept = thinned(line)
     assert len(kept) <= 400
     assert (1234.0, 9.0) in kept
-    assert kept == sorted(kept)
+    assert line[3456] in kept
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
     text = chart("x", "Title <b>", "s", [Line("a", [(0, 1), (1, math.nan), (2, 3), (3, 4)], 0), Line("none", [], 1)])
     assert text.count("<polyline") == 1
     assert text.count("<circle") == 1

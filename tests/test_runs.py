@@ -111,6 +111,13 @@ def test_states(tmp_path: Path, fields: dict[str, Any], state: str) -> None:
     assert only(tmp_path)["state"] == state
 
 
+def test_a_start_that_was_refused_changes_no_state(tmp_path: Path) -> None:
+    start(tmp_path, 1, ended={"code": 0, "why": ""}, step=9, goal=9)
+    start(tmp_path, 2, ended={"code": 2, "why": "data.shards are others"})
+    row = only(tmp_path)
+    assert (row["state"], row["exit_code"], row["restarts"]) == ("done", 0, 1)
+
+
 def test_a_live_run_here_and_there(tmp_path: Path) -> None:
     here, there = tmp_path / "here", tmp_path / "there"
     owner = starts.claim(here, starts.Clock(), print)

@@ -84,6 +84,7 @@ def test_an_array_runs_one_line_each(submit: Callable[..., str], tmp_path: Path)
         ([], "optim.lr=1e-3\noptim.lr=fast\n", "line 2"),
         ([], "optim.lr='1e-3\n", "line 1"),
         ([], "", "empty"),
+        (["--sbatch", "--exclusive", "--dry-run"], None, "give --dry-run before it"),
     ],
 )
 def test_what_would_stop_the_job_is_said_at_once(

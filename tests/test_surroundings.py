@@ -67,6 +67,10 @@ def test_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (slurm().state, nvcc().state) == ("optional", "optional")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     program(tmp_path, "sbatch", "slurm 23.11.4")
+    program(tmp_path, "sinfo", "")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert (slurm().state, "no controller answers" in slurm().detail) == ("warning", True)
+    program(tmp_path, "sinfo", "main*")
     program(tmp_path, "nvcc", "Build cuda_13.0.r13.0")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert "slurm 23.11.4; not in a job" in slurm().detail

@@ -68,9 +68,10 @@ def reshard(
             done += written
             if progress:
                 progress(done, total)
-        classes = os.path.join(opened.root, "classes.json")
-        if os.path.isfile(classes):
-            shutil.copyfile(classes, os.path.join(folder, "classes.json"))
+        for name in ("classes.json", "categories.json"):
+            beside = os.path.join(opened.root, name)
+            if os.path.isfile(beside):
+                shutil.copyfile(beside, os.path.join(folder, name))
         index(folder, out_index_dir, workers)
     return open_index(out, out_index_dir)
 

@@ -5,6 +5,7 @@ Letters as in `attention`: B images, w windows, h heads, N tokens of a window.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -151,7 +152,7 @@ def as_data(look: Look) -> dict[str, Any]:
         "distance_px": look.distance.tolist(),
         "distance_std_px": look.spread.tolist(),
         "distance_cells": (look.distance / (look.cell[0] * look.cell[1]) ** 0.5).tolist(),
-        "similarity": look.likeness(),
+        "similarity": None if math.isnan(look.likeness()) else look.likeness(),
         "diagonality": look.diagonality.tolist(),
         "columns": look.columns.tolist(),
         "window": list(look.window),

@@ -17,6 +17,7 @@ from fdscale import dist
 
 WINDOW = 200  # last steps
 SLOWER = 1.2  # times the median rank's time,
+LEAST = 20  # steps before a rank is called slow
 SHARE = 0.05  # and so much of a step more, make a rank slow
 SPANS = ("step_s", "data_wait_s", "inputs_s")
 
@@ -74,7 +75,10 @@ def percentiles(seconds: tuple[float, ...]) -> list[float]:
 
 
 def slowest(rows: list[dict[str, Any]]) -> Slow | None:
-    """The rank of `Paces.gather` that all others wait for in half of the steps or more; None where they are alike."""
+    """The rank of `Paces.gather` that all others wait for in half of the steps or more; None where they are alike,
+    or have not made LEAST steps yet."""
+    if min(row["steps"] for row in rows) < LEAST:
+        return None
     found = []
     step_s = statistics.median(row["step_s"][0] for row in rows)
     for span in SPANS[1:]:

@@ -52,7 +52,7 @@ def _class_of(model: str) -> Any:
     module, _, name = model.removeprefix(OWN).partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(
             f"student.model: {model} cannot be imported ({error}). Expected {OWN}MODULE:CLASS with a module that is "
             "installed or on PYTHONPATH."

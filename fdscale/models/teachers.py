@@ -151,7 +151,7 @@ def _from_python(name, weights, size, args, feature, key, mean, std) -> Parts:
     module_name, _, attribute = name.partition(":")
     try:
         build = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, SyntaxError) as error:
         raise UserError(
             f"teacher.source: python:{name} cannot be imported ({error}). Expected python:MODULE:CALLABLE with a "
             "module that is installed or on PYTHONPATH."

@@ -16,6 +16,7 @@ import torch
 
 from fdscale import UserError, __version__, config, student
 from fdscale.engine import ds_config
+from fdscale.inputs import open_sets
 from fdscale.plan import search
 from fdscale.plan.machines import GPUS, Machine, machine
 from fdscale.starts import write_atomically
@@ -43,6 +44,7 @@ def main(
         raise UserError(f"--trials and --limit must be positive, and --steps at least {trial.PARTS}")
     world = ranks or max(1, torch.cuda.device_count())
     settings = config.load(recipe, set)
+    _check_sources(settings)
     ds_configs = {name: ds_config.read(name) for name in ds} or _usual()
     folder = Path(out)
     study = Study(folder, settings, ds_configs, world, steps)
@@ -192,7 +194,7 @@ class Study:
         change = dataclasses.replace
         data = change(settings.data, heldout_shards=None)
         if not data.shards:
-            data = change(data, shards=str(_images(self.folder / "data")))
+            data = change(data, shards=(str(_images(self.folder / "data")),))
         teacher, teachers = settings.teacher, settings.teachers
         if config.task_of(settings) == "distill":  # what weights are takes no more or less time
             teachers = {name: change(one, weights=one.weights or "random") for name, one in teachers.items()}
@@ -236,6 +238,18 @@ class Study:
         )
 
 
+def _check_sources(settings: config.Config) -> None:
+    """What trials would each stumble over. Raises UserError."""
+    task = config.task_of(settings)
+    if settings.data.shards:
+        open_sets(settings.data)
+    elif task in ("segment", "detect"):
+        raise UserError(f"{task}.classes: masks and objects are not made up; give some with --set data.shards=...")
+    for teacher in config.teachers_of(settings).values() if task == "distill" else ():
+        if teacher.weights not in (None, "random", "own") and not Path(teacher.weights).exists():
+            raise UserError(f"teacher.weights: {teacher.weights} is not there")
+
+
 def _choice(record: dict[str, Any]) -> Choice:
     checkpoint, chunk = tuple(record["checkpoint"]), tuple(record["attention_chunk"])
     return Choice(record["ds"], record["micro_batch"], checkpoint, chunk)
@@ -262,7 +276,7 @@ def _table(rows: Sequence[dict[str, Any]], own: float | None, first: Choice) -> 
             measured = [times, f"{row['mem_gib']:.2f}", f"{row['data_wait_s']:.3f}"]
             remark = f"{own / row['step_s']:.2f}x" if own else ""
         else:
-            measured, remark = ["", "", ""], f"{row['state']}: {row['why'][:80]}"
+            measured, remark = ["", "", ""], f"{row['state']}: {row['why'][:240]}"
         remark = f"what you have; {remark}" if _choice(row) == first else remark
         cells = [row["ds"], row["micro_batch"], _short(row["checkpoint"]), _short(row["attention_chunk"])]
         lines.append(f"| {' | '.join(map(str, [*cells, *measured, planned, remark]))} |")

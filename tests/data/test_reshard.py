@@ -51,6 +51,7 @@ def source(tmp_path, pack, members):
 
 def test_the_order_stays_and_shards_have_the_asked_size(source, tmp_path):
     seen = []
+    (Path(source) / "categories.json").write_text("[7]")
     made = reshard(source, tmp_path / "out", samples_per_shard=9, progress=lambda *now: seen.append(now))
     assert made.counts.tolist() == [9, 9, 9, 9, 6]
     assert seen == [(9, 42), (18, 42), (27, 42), (36, 42), (42, 42)]
@@ -58,6 +59,7 @@ def test_the_order_stays_and_shards_have_the_asked_size(source, tmp_path):
     assert Counter(before) == Counter(after)
     assert list(dict.fromkeys(key for key, _, _ in before)) == list(dict.fromkeys(key for key, _, _ in after))
     assert (tmp_path / "out" / "classes.json").read_text() == '["a"]'
+    assert (tmp_path / "out" / "categories.json").read_text() == "[7]"
     assert verify(tmp_path / "out") == []
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from fdscale.engine.paces import WINDOW, Paces, percentiles, slowest
+from fdscale.engine.paces import LEAST, WINDOW, Paces, percentiles, slowest
 
 
-def rows(*spans: tuple[float, float, float]) -> list[dict]:
+def rows(*spans: tuple[float, float, float], steps: int = LEAST) -> list[dict]:
     """Of ranks that take so long in every step."""
     found = []
     for rank, one in enumerate(spans):
         paces = Paces()
-        for _ in range(5):
+        for _ in range(steps):
             paces.add(*one)
         found += [row | {"rank": rank} for row in paces.gather()]
     return found
@@ -22,6 +22,7 @@ def test_the_rank_that_others_wait_for() -> None:
     alike = (1.0, 0.001, 0.30)
     assert slowest(rows(alike, alike, alike)) is None
     assert slowest(rows(alike)) is None
+    assert slowest(rows(alike, (1.0, 0.4, 0.30), alike, steps=LEAST - 1)) is None  # too early to tell
     late = slowest(rows(alike, (1.0, 0.4, 0.30), alike))
     assert late is not None
     assert (late.rank, late.what, late.seconds, late.usual) == (1, "data_wait_s", 0.4, 0.001)

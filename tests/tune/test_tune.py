@@ -71,12 +71,19 @@ def test_what_breaks_is_a_result(tmp_path: Path) -> None:
 
 
 def test_a_mistake_ends_it_soon(tmp_path: Path) -> None:
-    own = sets(*TINY, "data.shards=/no/such/shards")
+    """Before a trial where that is possible, after three otherwise."""
+    for words, says in (
+        (["demo", *sets("data.shards=/no/such/shards")], "/no/such/shards"),
+        (["demo", *sets("teacher.weights=/no/such/file")], "/no/such/file is not there"),
+        (["mask_rcnn_vit_base"], "masks and objects are not made up"),
+    ):
+        done = run_cli("tune", *words, "--out", tmp_path / "tuned", "--steps", "3")
+        assert (done.returncode, says in done.stderr) == (2, True), done.stderr
+        assert not (tmp_path / "tuned").exists()
+    own = sets(*TINY, "teacher.weights=random", "teacher.source=timm:no_such_network")
     done = run_cli("tune", "demo", "--out", tmp_path / "tuned", "--steps", "3", *own)
     assert done.returncode == 2
-    assert len(rows(tmp_path / "tuned")) == 3
-    assert "/no/such/shards" in done.stderr
-    assert "nothing ran" in done.stdout
+    assert "no_such_network" in done.stderr
 
 
 @pytest.mark.long
