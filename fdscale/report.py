@@ -47,9 +47,10 @@ def main(run: str, compare: str | None, pictures: list[str], data: str | None, o
     for folder in pictures:
         if not Path(folder).is_dir():
             raise UserError(f"--pictures {folder}: no such folder")
+    shown = [Path(folder).resolve() for folder in pictures]
     target = Path(out) if out is not None else Path(run) / "report.html"
     other = Path(compare).resolve() if compare else None
-    text = page(path, other, [Path(folder) for folder in pictures])
+    text = page(path, other, shown)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         starts.write_atomically(target, text)

@@ -120,8 +120,8 @@ def _runs(points: Points) -> Iterable[Points]:
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many points: of each stretch the least and the largest, in their order, and a gap if it has one, so
-    that neither peak nor gap is lost."""
+    """At most so many numbers: of each stretch the least and the largest, in their order, and a gap wherever there was
+    one between two that are kept, so that neither peak nor gap is lost."""
     if len(points) <= most:
         return points
     kept: Points = []
@@ -130,8 +130,9 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
         some = points[k * len(points) // count : (k + 1) * len(points) // count]
         finite = [point for point in some if math.isfinite(point[1])]
         ends = {pick(finite, key=lambda point: point[1]) for pick in (min, max)} if finite else set()
-        gaps = [point for point in some if not math.isfinite(point[1])]
-        kept += sorted([*ends, *gaps[:1]])
+        for point in some:
+            if point in ends or (not math.isfinite(point[1]) and (not kept or math.isfinite(kept[-1][1]))):
+                kept.append(point)
     return kept
 
 

@@ -108,6 +108,17 @@ def test_a_page_says_all_and_needs_nothing(run: Path, capsys: pytest.CaptureFixt
     assert len(found.images) == 1
 
 
+def test_a_run_named_by_a_dot_has_its_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run / "predictions")
+    words = ("report", "..", "--compare", "..", "--pictures", ".", "--data", str(tmp_path / "data"))
+    assert cli.main([*words]) == 0
+    text = (run / "report.html").read_text()
+    assert "<title>fdscale: run &lt;1&gt; beside run &lt;1&gt;</title>" in text
+    assert [image["alt"] for image in parsed(text).images] == ["predictions/000001.png"] * 2
+    assert {row["run"] for row in csv.DictReader((tmp_path / "data/curves.csv").open())} == {"run <1>"}
+    assert {one["name"] for one in json.loads((tmp_path / "data/report.json").read_text())} == {"run <1>"}
+
+
 def test_two_runs_stand_beside_each_other(run: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "other", lr=3e-3)
     found = parsed(page(run, other, []))
@@ -198,6 +209,12 @@ def test_a_chart_keeps_peaks_gaps_and_single_points() -> None:
     assert (1234.0, 9.0) in kept
     assert line[3456] in kept
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+    line[5], line[8] = (5.0, -9.0), (8.0, 9.0)
+    line[2], line[20] = (2.0, math.nan), (20.0, math.nan)  # of one stretch, before and after its ends
+    for gap in (2, 20, 3456):
+        numbers = [x for x, y in thinned(line) if math.isfinite(y)]
+        before, after = max((x for x in numbers if x < gap), default=0), min(x for x in numbers if x > gap)
+        assert any(math.isnan(y) for x, y in thinned(line) if before <= x <= after), gap
     text = chart("x", "Title <b>", "s", [Line("a", [(0, 1), (1, math.nan), (2, 3), (3, 4)], 0), Line("none", [], 1)])
     assert text.count("<polyline") == 1
     assert text.count("<circle") == 1
