@@ -276,7 +276,7 @@ def _table(rows: Sequence[dict[str, Any]], own: float | None, first: Choice) -> 
             measured = [times, f"{row['mem_gib']:.2f}", f"{row['data_wait_s']:.3f}"]
             remark = f"{own / row['step_s']:.2f}x" if own else ""
         else:
-            measured, remark = ["", "", ""], f"{row['state']}: {row['why'][:240]}"
+            measured, remark = ["", "", ""], f"{row['state']}: {row['why']}".replace("|", "\\|")
         remark = f"what you have; {remark}" if _choice(row) == first else remark
         cells = [row["ds"], row["micro_batch"], _short(row["checkpoint"]), _short(row["attention_chunk"])]
         lines.append(f"| {' | '.join(map(str, [*cells, *measured, planned, remark]))} |")

@@ -25,6 +25,7 @@ from fdscale import config
 PARTS = 3  # the steps that are measured come in so many; one more before them warms up
 NO_MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|Cannot allocate memory|MemoryError", re.I)
 SAID = re.compile(r"(\[rank\d+\]: )?(fdscale: |[\w.]+Error: )")  # by a person's error, or at the end of a traceback
+MOST_SAID = 1000  # characters of a reason
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)
 GRACE_S = 45.0  # torchrun gives its ranks 30
 
@@ -102,9 +103,14 @@ def _outcome(folder: Path, code: int | None, limit_s: float) -> dict[str, Any]:
 
 
 def _why(text: str) -> str:
-    """The line that says what went wrong."""
-    lines = [line.strip() for line in text.splitlines() if SAID.match(line)]
-    return lines[0][:300] if lines else ""
+    """The line that says what went wrong, with the next one where it only announces that; of a very long one both ends,
+    since what to do stands at the end."""
+    lines = [line.strip() for line in text.splitlines()]
+    at = next((number for number, line in enumerate(lines) if SAID.match(line)), None)
+    if at is None:
+        return ""
+    told = " ".join(filter(None, lines[at : at + 1 + lines[at].endswith(":")]))
+    return told if len(told) <= MOST_SAID else f"{told[: MOST_SAID // 2]} ... {told[-MOST_SAID // 2 :]}"
 
 
 def main(spec: Path) -> int:
