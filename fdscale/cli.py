@@ -18,7 +18,7 @@ from fdscale import pack_options as shards
 from fdscale.bench import options as bench
 from fdscale.plan import options as plan
 from fdscale.tune import options as tune
-from fdscale.verbs import RAW, recipe, settings, verb
+from fdscale.verbs import RAW, positive, recipe, settings, verb, whole
 
 INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
@@ -133,7 +133,7 @@ def _probe(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--pool", choices=("mean", "cls"), default="mean", help="of the grid's tokens, or the class token")
     kinds = ("knn", "linear", "few-shot")
     sub.add_argument("--kinds", nargs="+", choices=kinds, metavar="KIND", help=f"of {', '.join(kinds)} (default: all)")
-    sub.add_argument("--epochs", type=int, default=90, metavar="N", help="of the linear probe (default: 90)")
+    sub.add_argument("--epochs", type=whole(1), default=90, metavar="N", help="of the linear probe (default: 90)")
     sub.add_argument("--out", metavar="FILE", help="JSON file to write")
     sub.add_argument("--json", action="store_true", help="print JSON")
 
@@ -175,11 +175,11 @@ def _submit(verbs: argparse._SubParsersAction) -> None:
     sub = verb(verbs, "submit", "fdscale.submit:main", "run a recipe as a Slurm job that requeues itself", example)
     recipe(sub)
     sub.add_argument("--run", required=True, metavar="DIR", help="run directory; an existing one is resumed")
-    sub.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    sub.add_argument("--nodes", type=whole(1), default=1, metavar="N", help="nodes (default: 1)")
     gpus = "GPUs of each node, one rank per GPU; also TYPE:N; 0: a rank per node, on its CPUs (default: 8)"
     sub.add_argument("--gpus-per-node", default="8", metavar="N", help=gpus)
     cpus = "CPUs of each rank (default: data.workers and two more)"
-    sub.add_argument("--cpus-per-task", type=int, metavar="N", help=cpus)
+    sub.add_argument("--cpus-per-task", type=whole(1), metavar="N", help=cpus)
     limit = "time limit of one start; at it the run is saved and requeued, until it is done"
     sub.add_argument("--time", required=True, metavar="TIME", help=limit)
     sub.add_argument("--partition", metavar="NAME", help="where to run")
@@ -224,7 +224,7 @@ def _export(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--names", choices=("fdscale", "official", "timm"), default="fdscale", help=names)
     sub.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="precision")
     size = "most of a file in a directory, in GiB (default: 5)"
-    sub.add_argument("--shard-gib", type=float, default=5.0, metavar="N", help=size)
+    sub.add_argument("--shard-gib", type=positive, default=5.0, metavar="N", help=size)
     sub.add_argument("--ema", action="store_true", help="the average of the weights (optim.ema), not the last ones")
     sub.add_argument("--force", action="store_true", help="replace existing weights")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from fdscale.verbs import verb
+from fdscale.verbs import positive, verb, whole
 
 CORES = min(8, os.cpu_count() or 1)
 
@@ -23,7 +23,7 @@ def add(verbs: argparse._SubParsersAction) -> None:
 
 def _common(sub: argparse.ArgumentParser, default: str = "index/ beside the shards") -> None:
     sub.add_argument("--index", metavar="DIR", help=f"directory of the index (default: {default})")
-    sub.add_argument("--workers", type=int, default=CORES, metavar="N", help=f"processes (default: {CORES})")
+    sub.add_argument("--workers", type=whole(0), default=CORES, metavar="N", help=f"processes (default: {CORES})")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
 
 
@@ -35,12 +35,14 @@ def _given_shards(sub: argparse.ArgumentParser, several: bool = True) -> None:
         sub.add_argument("shards", help=where)
     cache = "directory that keeps shards from elsewhere (default: one in the system's temporary directory)"
     sub.add_argument("--shard-cache", metavar="DIR", help=cache)
-    sub.add_argument("--shard-cache-gib", type=float, default=64.0, metavar="GIB", help="most it holds (default: 64)")
+    sub.add_argument(
+        "--shard-cache-gib", type=positive, default=64.0, metavar="GIB", help="most it holds (default: 64)"
+    )
 
 
 def _shard_sizes(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--samples-per-shard", type=int, metavar="N", help="where a shard ends (default: 10000)")
-    sub.add_argument("--shard-mib", type=float, metavar="MIB", help="where a shard ends, by its size instead")
+    sub.add_argument("--samples-per-shard", type=whole(1), metavar="N", help="where a shard ends (default: 10000)")
+    sub.add_argument("--shard-mib", type=positive, metavar="MIB", help="where a shard ends, by its size instead")
 
 
 def _shards_make(kinds: argparse._SubParsersAction) -> None:
@@ -104,7 +106,7 @@ def _shards_stats(kinds: argparse._SubParsersAction) -> None:
     text = "count what is in shards: samples, bytes, members, image sizes, classes"
     sub = verb(kinds, "stats", "fdscale.pack:stats", text, "fdscale shards stats shards/train")
     _given_shards(sub)
-    sub.add_argument("--sample", type=int, default=1000, metavar="N", help="images looked into (default: 1000)")
+    sub.add_argument("--sample", type=whole(0), default=1000, metavar="N", help="images looked into (default: 1000)")
     _common(sub)
 
 

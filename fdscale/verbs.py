@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 RAW = argparse.RawDescriptionHelpFormatter
+MOST = 1e12  # of a size or of seconds: more than anybody has, and in bytes still a number
 
 
 def verb(group: argparse._SubParsersAction, name: str, target: str, text: str, example: str) -> argparse.ArgumentParser:
@@ -28,6 +31,32 @@ def recipe(sub: argparse.ArgumentParser) -> None:
     """A recipe, and --set."""
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     settings(sub)
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """A whole number of at least `low`."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least {low}")
+        return value
+
+    return number
+
+
+def positive(text: str) -> float:
+    """A size or a time: above 0, and finite in any unit."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= MOST:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number above 0 and at most {MOST:g}")
+    return value
 
 
 def new_file(text: str) -> Path:

@@ -53,6 +53,39 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
         assert stopped.value.code == 2
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "shards stats x --sample -5",
+        "shards verify x --workers -1",
+        "shards make x y --shard-mib nan",
+        "shards make x y --shard-mib 0",
+        "shards make x y --samples-per-shard 0",
+        "shards index x --shard-cache-gib inf",
+        "export x y --shard-gib 1e300",
+        "export x y --shard-gib much",
+        "probe x --epochs 0",
+        "probe x --epochs -3",
+        "submit demo --run x --time 1 --nodes 0",
+        "submit demo --run x --time 1 --cpus-per-task 0",
+        "tune demo --out x --ranks 0",
+        "tune demo --out x --limit nan",
+        "bench data --rounds 0",
+        "bench step demo --accumulate 1.5",
+        "bench model --seconds -1",
+        "bench attention --compiled -1",
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words.split())
+    assert stopped.value.code == 2
+    *_, option, value = words.split()
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {option}: '{value}': expected a " in last
+    assert cli.parser().parse_args([*words.split()[:-1], "3"])
+
+
 def test_doctor_and_recipes_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}

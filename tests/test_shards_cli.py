@@ -136,7 +136,7 @@ def test_counts_of_others(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("make", "/nowhere", "out"), "/nowhere: neither a folder nor a table"),
         (("make", "PHOTOS", "OUT", "--resize", "0"), "--resize is 0"),
         (("make", "PHOTOS", "OUT", "--quality", "100"), "--quality is 100"),
-        (("make", "PHOTOS", "OUT", "--shard-mib", "0"), "max_bytes is 0"),
+        (("make", "PHOTOS", "OUT", "--shard-mib", "1e-9"), "max_bytes is 0"),
         (("make", "PHOTOS", "OUT", "--shard-mib", "1", "--samples-per-shard", "2"), "not both"),
         (("make", "PHOTOS", "OUT", "--split", "train"), "has no split train"),
         (("make", "PHOTOS", "PHOTOS"), "exists already"),
