@@ -8,11 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fdscale import config, student
+from fdscale import UserError, config, student
 
 
 def main(recipe: str | None, keys: bool, json: bool) -> int:
     """`fdscale recipes`."""
+    if keys and recipe is not None:
+        raise UserError(f"--keys lists those of every recipe: leave out {recipe}, or --keys to show that one")
     if keys:
         _print_keys(json)
     elif recipe is not None:

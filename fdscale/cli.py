@@ -18,7 +18,7 @@ from fdscale import pack_options as shards
 from fdscale.bench import options as bench
 from fdscale.plan import options as plan
 from fdscale.tune import options as tune
-from fdscale.verbs import RAW, positive, recipe, settings, verb, whole
+from fdscale.verbs import RAW, only_with, positive, recipe, settings, verb, whole
 
 INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
@@ -156,10 +156,11 @@ def _diagnose(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--images", type=int, default=256, metavar="N", help=count)
     around = "also loss and accuracy of classifiers around their weights, along random directions or on planes"
     sub.add_argument("--landscape", choices=("line", "plane"), help=around)
-    sub.add_argument("--points", type=int, default=11, metavar="N", help="of it, on each axis, odd (default: 11)")
+    sub.add_argument("--points", type=int, metavar="N", help="of it, on each axis, odd (default: 11)")
     reach = "its ends, as multiples of the directions, which are as long as the weights (default: 1)"
-    sub.add_argument("--reach", type=float, default=1.0, metavar="R", help=reach)
-    sub.add_argument("--seeds", type=int, default=3, metavar="N", help="of its directions (default: 3)")
+    sub.add_argument("--reach", type=float, metavar="R", help=reach)
+    sub.add_argument("--seeds", type=int, metavar="N", help="of its directions (default: 3)")
+    sub.set_defaults(only_with=("landscape", {"points": 11, "reach": 1.0, "seeds": 3}))
     folder = "folder for diagnosis.json and pictures (default: diagnosis)"
     sub.add_argument("--out", default="diagnosis", metavar="DIR", help=folder)
     sub.add_argument("--json", action="store_true", help="print JSON")
@@ -289,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.pop(key, None)
     module, _, function = arguments.pop("target").partition(":")
     try:
+        only_with(arguments)
         return getattr(importlib.import_module(module), function)(**arguments) or 0
     except UserError as error:
         rank = os.environ.get("RANK", "0")

@@ -64,7 +64,9 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
     sub.add_argument("--keep-order", action="store_true", help="pack in the order of the source instead")
     sub.add_argument("--split", metavar="NAME", help="of a source that has several, such as train")
     sub.add_argument("--image", metavar="COLUMN", help="of a table: paths, or in Parquet the images themselves")
-    label = 'of a table: names or numbers of classes (default: "label" or "cls"; none: leave labels out)'
+    label = (
+        'of a table: names or numbers of classes (default: "label" or "cls"); none: leave labels out, a folder\'s, too'
+    )
     sub.add_argument("--label", metavar="COLUMN", help=label)
     sub.add_argument("--key", metavar="COLUMN", help='of a table: keys of the samples (default: "key", or the paths)')
     resize = "shrink images to at most so many pixels on the short side; the others keep their bytes"

@@ -7,6 +7,9 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from fdscale import UserError
 
 RAW = argparse.RawDescriptionHelpFormatter
 MOST = 1e12  # of a size or of seconds: more than anybody has, and in bytes still a number
@@ -31,6 +34,17 @@ def recipe(sub: argparse.ArgumentParser) -> None:
     """A recipe, and --set."""
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     settings(sub)
+
+
+def only_with(arguments: dict[str, Any]) -> None:
+    """Fill in what a verb's `only_with` names, (option, {options of it: their defaults}). Raises UserError where one of
+    them is given, and the option they belong to is not."""
+    option, defaults = arguments.pop("only_with", ("", {}))
+    for name, default in defaults.items():
+        if arguments[name] is None:
+            arguments[name] = default
+        elif arguments[option] is None:
+            raise UserError(f"--{name} is of --{option}, which is not given: give both, or leave --{name} out")
 
 
 def whole(low: int) -> Callable[[str], int]:

@@ -86,6 +86,32 @@ def test_numbers_that_make_no_sense_are_named(words: str, capsys: pytest.Capture
     assert cli.parser().parse_args([*words.split()[:-1], "3"])
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("recipes nosuch --keys", "leave out nosuch"),
+        ("diagnose x --points 5", "--points is of --landscape"),
+        ("diagnose x --reach 1", "--reach is of --landscape"),
+        ("diagnose x --seeds 3", "--seeds is of --landscape"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words.split()) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err.count("\n"), says in captured.err) == ("", 1, True)
+
+
+def test_landscapes_have_their_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fdscale import diagnosis
+
+    asked: list[dict] = []
+    monkeypatch.setattr(diagnosis, "main", lambda **words: asked.append(words))
+    for words in ([], ["--landscape", "line"], ["--landscape", "plane", "--points", "5"]):
+        assert cli.main(["diagnose", "x", *words]) == 0
+    assert [(one["points"], one["reach"], one["seeds"]) for one in asked] == [(11, 1.0, 3), (11, 1.0, 3), (5, 1.0, 3)]
+    assert all("only_with" not in one for one in asked)
+
+
 def test_doctor_and_recipes_speak_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "--json"]) == 0
     findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}

@@ -72,6 +72,14 @@ def test_make_stats_reshard(photos: Path, tmp_path: Path, capsys: pytest.Capture
         )
 
 
+def test_a_folder_without_its_labels(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "make", photos, tmp_path / "out", "--label", "none")[0] == 0
+    with tarfile.open(tmp_path / "out/shard-000000.tar") as tar:
+        names = tar.getnames()
+    assert sorted(names) == sorted(f"{path.parent.name}/{path.name}" for path in photos.rglob("*.jpg"))
+    assert not (tmp_path / "out/classes.json").exists()
+
+
 def test_damage_from_first_error_to_a_usable_index(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -140,6 +148,8 @@ def test_counts_of_others(photos: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (("make", "PHOTOS", "OUT", "--shard-mib", "1", "--samples-per-shard", "2"), "not both"),
         (("make", "PHOTOS", "OUT", "--split", "train"), "has no split train"),
         (("make", "PHOTOS", "PHOTOS"), "exists already"),
+        (("make", "PHOTOS", "OUT", "--image", "path", "--key", "k"), "no table, so --image path and --key k"),
+        (("make", "PHOTOS", "OUT", "--label", "kind"), "no table, so --label kind"),
         (("index", "/nowhere/*.tar"), "no shards found"),
         (("verify", "PHOTOS"), "no shards found"),
         (("stats", "/nowhere.tar"), "do not exist"),

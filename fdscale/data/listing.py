@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """Names of a table's columns; None: found by their usual names. label "none": leave labels out."""
+    """Names of a table's columns; None: found by their usual names. label "none": leave labels out, a folder's too."""
 
     image: str | None = None
     label: str | None = None
@@ -232,10 +232,12 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
         listing.finish(f"{source}: lists no images")
         return
     if pairs.has_masks(source):
+        _no_columns(source, columns, "masks", ("image", "label", "key"))
         pairs.list_pairs(source, split, listing)
         listing.finish(nothing)
         return
     if coco.splits_of(source):
+        _no_columns(source, columns, "objects", ("image", "label", "key"))
         coco.list_objects(source, split, listing)
         listing.finish(nothing)
         return
@@ -248,8 +250,18 @@ def find(source: str, split: str | None, columns: Columns, listing: Listing, wor
     elif table:
         _from_table(table, columns, listing, prefix)
     else:
-        _from_folder(folder, listing)
+        _no_columns(source, columns, "images", ("image", "key") if columns.label == "none" else columns._fields)
+        _from_folder(folder, listing, columns.label is None)
     listing.finish(nothing)
+
+
+def _no_columns(source: str, columns: Columns, of: str, names: Iterable[str]) -> None:
+    """Raises UserError where a column is named of what is no table."""
+    given = [f"--{name} {value}" for name in names if (value := getattr(columns, name)) is not None]
+    if given:
+        raise UserError(
+            f"{source}: is a folder of {of} and no table, so {' and '.join(given)} has no column to name; leave it out"
+        )
 
 
 def _split_of(source: str, split: str | None) -> tuple[str, str, list[str]]:
@@ -296,7 +308,7 @@ def _split_name(path: str) -> str:
     return re.sub(r"(-\d+-of-\d+.*)?\.parquet$", "", os.path.basename(path))
 
 
-def _from_folder(root: str, listing: Listing) -> None:
+def _from_folder(root: str, listing: Listing, labels: bool = True) -> None:
     entries = sorted((e for e in os.scandir(root) if not e.name.startswith(".")), key=lambda e: e.name)
     folders = [entry.name for entry in entries if entry.is_dir()]
     files = [entry.name for entry in entries if not entry.is_dir()]
@@ -312,7 +324,7 @@ def _from_folder(root: str, listing: Listing) -> None:
         if not inside:
             raise UserError(f"{os.path.join(root, folder)}: this class holds no images; remove the folder")
         for name in inside:
-            listing.add(os.path.join(root, name), folder, name=name)
+            listing.add(os.path.join(root, name), folder if labels else None, name=name)
 
 
 def _walk(root: str, folder: str) -> Iterator[str]:

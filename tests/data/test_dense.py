@@ -282,9 +282,10 @@ def test_what_is_meant_must_be_clear(official: Path, tmp_path: Path) -> None:
         ({}, r"holds splits \(training\); choose one with --split training"),
         ({"split": "test"}, r"has no split test \(folders: training\)"),
         ({"split": "training", "recoding": Recoding(True, 32, None)}, "--resize would make the image smaller"),
+        ({"columns": Columns(label="none")}, "is a folder of masks and no table, so --label none"),
     ):
         with pytest.raises(UserError, match=says):
-            make(official, tmp_path / "out", columns=Columns(), **options)
+            make(official, tmp_path / "out", **options)
     (official / "objectInfo150.txt").write_text("1\twall\n")
     with pytest.raises(UserError, match="one of them called Name"):
         make(official, tmp_path / "out", split="training")
