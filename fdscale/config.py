@@ -337,6 +337,8 @@ def trajectory(config: Config) -> dict[str, Any]:
         excluded |= {"schedule.drops"}
     if config.segment.head == "upernet":
         excluded |= {f"segment.{key}" for key in ("head", "queries", "encoder_layers", "decoder_layers", "points")}
+    if not config.detect.instaboost:
+        excluded |= {"detect.instaboost"}
     teachers = teachers_of(config)
     if all(teacher.whiten != "phi_s" for teacher in teachers.values()):
         excluded |= {"objective.whiten_samples"}

@@ -180,7 +180,7 @@ def _views(batch: dict[str, Any], detect: Detect, dtype: torch.dtype) -> list[Vi
     """The images at each scale, plain and mirrored."""
     views = []
     for scale in range(len(detect.scales)):
-        sizes = batch[f"sizes{scale}"]
+        sizes = batch[f"sizes{scale}"].to(dist.device())
         images = on_canvas(batch[f"images{scale}" if scale else "images"], sizes).to(dtype)
         views.append(View(images, sizes))
         if detect.mirror:

@@ -30,7 +30,7 @@ from fdscale.engine.initialize import prepare_environment
 from fdscale.inputs import heldout_batches, normalise, open_heldout, to_device
 from fdscale.landscapes import Wanted
 from fdscale.objective import whiten
-from fdscale.starts import write_atomically
+from fdscale.starts import must_be_writable, write_atomically
 
 FILES = ("features.jpg", "heads.png", "offsets.png", "average.png", "blocks.png", "landscape.png", "maps.npz")
 SHOWN = 5  # images whose maps are drawn
@@ -80,6 +80,7 @@ def main(
         raise UserError(f"--images must be at least 1, got {images}")
     if importlib.util.find_spec("matplotlib") is None:
         raise UserError("pictures need matplotlib, which is not installed: pip install matplotlib")
+    must_be_writable(Path(out) / "diagnosis.json")
     settings, subjects = _subjects(source, run, weights, set, teacher, compare)
     around = {}
     if landscape is not None:

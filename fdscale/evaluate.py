@@ -46,7 +46,8 @@ def main(
     prepare_environment()
     dist.init()
     settings, found = student.find(source, run, weights, set)
-    out = out or _default_out(found, ema, [*set, *([] if labels is None else [labels])])
+    other = [*set, *([] if labels is None else [labels]), *([] if dtype == "float32" else [dtype])]
+    out = out or _default_out(found, ema, other)
     for file in (out, results):
         if file is not None:
             must_be_writable(Path(file))

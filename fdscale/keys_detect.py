@@ -76,7 +76,11 @@ class Detect:
     )
     most: int = option(100, "evaluation: boxes of an image", low=1, neutral=True)
     scales: tuple[float, ...] = option(
-        (1.0,), "evaluation: factors of data.image_size, whose detections are merged", low=0.1, high=8.0, neutral=True
+        (1.0,),
+        "evaluation: factors of detect.bounds, or of data.image_size without, whose detections are merged",
+        low=0.1,
+        high=8.0,
+        neutral=True,
     )
     mirror: bool = option(False, "evaluation: merge with those of the mirrored image, too", neutral=True)
     shown: int = option(

@@ -249,7 +249,7 @@ def _pictures(folders: list[Path]) -> str:
         if left_out
         else ""
     )
-    return f'<div class="charts">{"".join(found)}</div>{more}' if found else ""
+    return f'<div class="charts">{"".join(found)}</div>{more}' if found else more
 
 
 def _settings(run: Path, other: Path | None) -> str:

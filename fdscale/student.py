@@ -302,7 +302,7 @@ def loaded_backbone(settings: config.Config, weights: Path | str) -> Any:
     file = read_checkpoint(weights) if isinstance(weights, Path) else read_weights(weights)
     values = trained_backbone(settings, file)
     materialise(network, lambda name, shape: values[f"{PREFIX}{name}"](), torch.float32, dist.device())
-    return network.eval()
+    return network.to(dist.device()).eval()
 
 
 def find(

@@ -18,7 +18,7 @@ from helpers import run_cli, sets
 from PIL import Image
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples
 
-from fdscale import UserError, cli, config
+from fdscale import UserError, cli, config, detect, dist
 from fdscale.data.index import open_index
 from fdscale.data.shards import make
 from fdscale.detect import evaluate
@@ -256,6 +256,18 @@ def test_a_set_without_numbers_of_categories_is_told_before_the_work(
         evaluate(
             settings, open_index(str(shards)), None, torch.float32, lambda batch: True, results=tmp_path / "results"
         )
+
+
+def test_sizes_are_where_the_network_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch lies in host memory; its views are made on the device, here one that only pretends."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(dist, "device", lambda: torch.device("cuda"))
+    settings = config.load("cascade_swinv2_base", ["detect.mirror=false"])
+    with FakeTensorMode():
+        batch = {"images": torch.zeros(2, 3, 64, 64, dtype=torch.uint8), "sizes0": torch.full((2, 2), 64)}
+        (view,) = detect._views(batch, settings.detect, torch.float32)
+    assert (view.images.device.type, view.sizes.device.type) == ("cuda", "cuda")
 
 
 def test_settings_that_do_not_go_together_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

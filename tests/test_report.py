@@ -198,6 +198,8 @@ def test_pictures_that_do_not_fit_are_counted(run: Path, tmp_path: Path, monkeyp
     found = parsed(page(run, None, [more]))
     assert "more were left out" in found.text
     assert len(found.images) < 3
+    monkeypatch.setattr(report, "MOST_PICTURE_BYTES", 10)
+    assert "more were left out" in parsed(page(run, None, [more])).text  # of none that fits, too
 
 
 def test_a_chart_keeps_peaks_gaps_and_single_points() -> None:

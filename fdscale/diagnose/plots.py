@@ -150,15 +150,18 @@ def landscape(subjects: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     plane for each subject, the first seed's."""
     first = next(iter(subjects.values()))
     if np.ndim(first["loss"]) == 3:
-        top = max(np.nanpercentile(one["loss"][0], 90) for one in subjects.values())
-        low = min(np.nanmin(one["loss"][0]) for one in subjects.values())
+        values = [np.array(one["loss"][0]) for one in subjects.values()]
+        finite = [some[np.isfinite(some)] for some in values]
+        top = max((np.percentile(some, 90) for some in finite if some.size), default=1.0)
+        low = min((some.min() for some in finite if some.size), default=0.0)
         figure, grid = plt.subplots(
             1, len(subjects), figsize=(4.2 * len(subjects) + 0.6, 4), layout="constrained", squeeze=False
         )
         for (name, one), axes in zip(subjects.items(), grid[0], strict=True):
             at = one["multiples"]
             levels = np.linspace(low, max(top, low + 1e-6), 15)
-            drawn = axes.contourf(at, at, np.array(one["loss"][0]), levels=levels, cmap="cividis", extend="max")
+            loss = np.ma.masked_invalid(np.array(one["loss"][0]))  # what is not finite stays white
+            drawn = axes.contourf(at, at, loss, levels=levels, cmap="cividis", extend="max")
             axes.set_title(name, fontsize=11)
             axes.set_aspect("equal")
         figure.colorbar(drawn, ax=grid[0].tolist(), label="cross-entropy", shrink=0.85)
