@@ -385,10 +385,10 @@ def find_checkpoint(source: Path) -> Path:
             raise UserError(f"{source}: {problem}")
         return source
     found, skipped = checkpoint.newest_valid(source / "checkpoints")
-    for line in skipped if dist.rank() == 0 else ():
-        print(line, file=sys.stderr)
     if found is None:
         raise UserError(f"{source} holds no valid checkpoint{': ' + skipped[0] if skipped else ''}")
+    for line in skipped if dist.rank() == 0 else ():
+        print(line, file=sys.stderr)
     return found
 
 
