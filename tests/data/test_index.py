@@ -242,7 +242,7 @@ def test_few_files_and_tables_stay_open(tmp_path, pack, members):
     assert by_index(opened) == expected
     assert len(opened._files) == 4
     assert opened._columns.weight < 500
-    file = next(iter(opened._files.values()))
+    file = next(iter(opened._files._values.values()))
     del opened
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file)
