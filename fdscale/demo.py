@@ -9,6 +9,7 @@ the same.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -200,8 +201,8 @@ def teacher_weights(path: Path) -> None:
 def draw(settings: config.Config, out: Path) -> None:
     """Feature maps of the teacher, and of the student before and after, in the colours of the teacher's features."""
     teacher = assemble(settings, 1).teachers[""]
-    reader = checkpoint.Reader(checkpoint.committed(out / "run" / "checkpoints")[0])
-    before, after = student(settings, teacher, None), student(settings, teacher, reader)
+    with contextlib.closing(checkpoint.Reader(checkpoint.committed(out / "run" / "checkpoints")[0])) as reader:
+        before, after = student(settings, teacher, None), student(settings, teacher, reader)
     files = {path.stem: path for path in (out / "photos").glob("*/*")}
     photos, maps = [], []
     for name in SHOWN:

@@ -21,6 +21,7 @@ import torch.distributed as torch_dist
 from fdscale import UserError
 
 PORTS = range(15000, 32000)  # to meet at under srun; the kernel gives those above to outgoing connections
+WAIT = datetime.timedelta(minutes=30)  # for other ranks: at the start, and in a collective
 GREETING_S = 60.0  # rank 0 writes it as soon as it listens
 # PyTorch's record of each rank's last collectives; the watchdog writes it down, and so does NCCL when one times out.
 FLIGHT_RECORDER = {"TORCH_FR_BUFFER_SIZE": "20000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
@@ -102,7 +103,7 @@ def _first_host(nodes: str) -> str:
         return match.group(1) + (match.group(2) or "")
 
 
-def init(timeout_s: float = 1800.0) -> None:
+def init() -> None:
     """Join the other ranks; does nothing when torch.distributed is initialised already.
 
     Raises UserError when the environment is half set, and Apart where another job is met.
@@ -115,7 +116,6 @@ def init(timeout_s: float = 1800.0) -> None:
     cuda = torch.cuda.is_available()
     for key, value in FLIGHT_RECORDER.items():
         os.environ.setdefault(key, value)
-    timeout = datetime.timedelta(seconds=timeout_s)
     if env:
         missing = [key for key in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if key not in env]
         if missing:
@@ -128,17 +128,17 @@ def init(timeout_s: float = 1800.0) -> None:
             _choose_gpu()
         members: dict[str, Any] = {}
         if by_slurm:
-            members = {"store": _meet(timeout), "rank": rank(), "world_size": world()}
-        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=timeout, **members)
+            members = {"store": _meet(), "rank": rank(), "world_size": world()}
+        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=WAIT, **members)
     else:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         torch_dist.init_process_group(
-            "nccl" if cuda else "gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout
+            "nccl" if cuda else "gloo", store=torch_dist.HashStore(), rank=0, world_size=1, timeout=WAIT
         )
-    _host_group = torch_dist.new_group(backend="gloo", timeout=timeout) if cuda else torch_dist.group.WORLD
+    _host_group = torch_dist.new_group(backend="gloo", timeout=WAIT) if cuda else torch_dist.group.WORLD
 
 
-def _meet(timeout: datetime.timedelta) -> torch_dist.Store:
+def _meet() -> torch_dist.Store:
     """The store at MASTER_ADDR and MASTER_PORT through which the ranks of one srun find each other.
 
     torch's own takes whoever listens there for rank 0, and whoever comes for a rank: two jobs that share a port would
@@ -149,11 +149,11 @@ def _meet(timeout: datetime.timedelta) -> torch_dist.Store:
     job, step, restart = (env.get(f"SLURM_{name}") or "0" for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     mine = f"Slurm job {job}.{step} of cluster {env.get('SLURM_CLUSTER_NAME', 'unknown')}, restart {restart}"
     try:
-        store = torch_dist.TCPStore(host, port, is_master=rank() == 0, timeout=timeout, wait_for_workers=False)
+        store = torch_dist.TCPStore(host, port, is_master=rank() == 0, timeout=WAIT, wait_for_workers=False)
         if rank() == 0:
             store.set("whose", mine)
         else:
-            store.wait(["whose"], min(timeout, datetime.timedelta(seconds=GREETING_S)))
+            store.wait(["whose"], datetime.timedelta(seconds=GREETING_S))
         whose = store.get("whose").decode()
     except torch_dist.DistError as error:
         raise Apart(

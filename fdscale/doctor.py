@@ -131,7 +131,7 @@ def _optional() -> list[Finding]:
         "wandb": "optional: logging to Weights & Biases; pip install 'fdscale[wandb]'",
         "transformers": "optional: segment.head=mask2former; pip install 'fdscale[mask2former]'",
         "cv2": "optional: detect.instaboost; pip install 'fdscale[instaboost]'",
-        "matplotlib": "optional: the demo's picture; pip install 'fdscale[demo]'",
+        "matplotlib": "optional: `fdscale diagnose` and the demo's picture; pip install 'fdscale[demo]'",
     }
     findings = []
     for name, hint in hints.items():

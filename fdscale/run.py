@@ -51,8 +51,8 @@ class Run:
         self.watchdog = Watchdog(settings.guard.step_limit_s, self.directory, self.end)
         self.start: starts.Start | None = None  # rank 0's, while the directory is ours
         self.lost = 0  # samples replaced since this start, over all ranks
-        self.written = 0  # times that a rank was done with its part in a save, over all ranks
         self.over_budget = False  # whether these are more than data.lost_budget allows
+        self.written = 0  # times that a rank was done with its part in a save, over all ranks
         self._stop = Stop(PATIENCE_S if dist.world() > 1 else 0.1)
         self._agreement = dist.Agreement(*TOLD)
         self.void = 0  # last steps that did not count, since a rank left its wait for data
@@ -69,7 +69,6 @@ class Run:
         self._refused = False  # whether the disk did not take a line
 
     # -- directory -----------------------------------------------------------------------------------------------------
-    # --------------
 
     def own(self, work: Callable[[str], int]) -> int:
         """Do the work as the one owner of the directory, and write down how it ended. Returns the work's exit code.
@@ -170,7 +169,6 @@ class Run:
             self._note(file.close)
 
     # -- stopping ------------------------------------------------------------------------------------------------------
-    # --------------
 
     def wait(self, batches: Iterator[Any]) -> Any:
         """The next batch; None where it did not come and a signal has, and ever after: the iterator is closed then."""
@@ -244,7 +242,6 @@ class Run:
         self._note(functools.partial(self._losses.add, replaced))
 
     # -- logging -------------------------------------------------------------------------------------------------------
-    # --------------
 
     def say(self, text: str, style: str | None = None) -> None:
         """One line for a person, from rank 0. style: a colour, such as red."""

@@ -47,8 +47,13 @@ def write_atomically(path: Path, text: str, durable: bool = True) -> None:
     durable: also through a power cut.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    _write(temporary, text, durable)
-    os.replace(temporary, path)
+    try:
+        _write(temporary, text, durable)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def must_be_writable(path: Path) -> None:
@@ -74,9 +79,9 @@ def _write(path: Path, text: str, durable: bool = True) -> None:
 # Time
 
 
-def process_age_s(pid: int | str = "self") -> float:
-    """Seconds since a process began, by the machine's uptime: a change of the clock does not show."""
-    ticks = int(_stat(pid)[19])
+def process_age_s() -> float:
+    """Seconds since this process began, by the machine's uptime: a change of the clock does not show."""
+    ticks = int(_stat("self")[19])
     return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -67,6 +68,11 @@ def run_cli(
     command = [*start, "fdscale.cli", *(["--"] if ranks > 1 else []), *(str(word) for word in words)]
     environment = {**outside(), **(env or {})}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, check=False)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's log."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def kill_all(root: int) -> None:

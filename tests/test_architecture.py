@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,6 +150,14 @@ def test_all_that_is_public_says_what_it_is(path: Path) -> None:
     tree = ast.parse(path.read_text())
     assert ast.get_docstring(tree) or path.name == "__init__.py", f"{path} has no docstring"
     assert not list(silent(tree, "")), path
+
+
+def test_the_layout_names_each_module() -> None:
+    layout = (ROOT / "docs" / "design.md").read_text().partition("## Layout")[2].partition("\n## ")[0]
+    named = set(re.findall(r"\w+", layout))
+    for path in FILES:
+        if part_of(path) not in {"bench", "claim", "__init__"} and path.stem != "__init__":  # one line for all of those
+            assert path.stem in named or f"{path.stem.split('_')[0]}_" in named, f"{path}: docs/design.md"
 
 
 def test_files_and_functions_stay_small() -> None:

@@ -14,7 +14,7 @@ import coco
 import numpy as np
 import pytest
 import torch
-from helpers import run_cli, sets
+from helpers import records, run_cli, sets
 from PIL import Image
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples
 
@@ -99,10 +99,6 @@ def test_killed_and_resumed_is_bitwise(
     assert "resumed from" in resumed.stderr
     assert_same(whole, killed, ranks)
     assert [row["heldout_samples"] for row in records(whole) if "heldout_samples" in row] == [3, 3, 3]
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_other_ranks_and_micro_batches_train_the_same(tiny_detect: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import scenes
 import torch
-from helpers import run_cli, sets
+from helpers import records, run_cli, sets
 from PIL import Image
 from safetensors.torch import load_file
 from test_resume import SCHEDULE, assert_same, ds_file, kill_after_checkpoint, losses, samples, tensors
@@ -148,10 +148,6 @@ def test_one_image_is_no_batch(tiny_segment: Callable[..., list[str]], tmp_path:
     done = run_cli(*words)
     assert done.returncode == 2
     assert "segment.norm=group" in done.stderr
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_other_ranks_and_micro_batches_train_the_same(tiny_segment: Callable[..., list[str]], tmp_path: Path) -> None:

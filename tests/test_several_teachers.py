@@ -6,16 +6,14 @@ The networks are EfficientNet-Lite0 and Lite1 as trained on ImageNet; augmentati
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import several
 import timm
 import torch
-from helpers import TINY, sets
+from helpers import TINY, records, sets
 from several import run
 from test_resume import assert_same, ds_file, kill_after_checkpoint, losses
 from torch import nn
@@ -51,10 +49,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory, two: Path) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     run("distill", two, "--run", folder)
     return folder
-
-
-def records(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def held_out(folder: Path) -> list[list[float]]:

@@ -290,3 +290,15 @@ def test_an_error_behind_a_takeover_is_the_takeover(tmp_path: Path) -> None:
 
     with pytest.raises(starts.Fenced):
         Run(tmp_path, config.load("demo", [])).own(work)
+
+
+def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    starts.write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        starts.write_atomically(path, "\udcff")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError):
+        starts.write_atomically(tmp_path / "folder", "new")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "record.json"]
+    assert path.read_text() == "old"

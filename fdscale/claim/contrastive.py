@@ -43,10 +43,10 @@ def views(images: Tensor, generator: torch.Generator) -> Tensor:
     return (seen * contrast[:, None, None, None] + light[:, None, None, None]).clamp(0, 1)
 
 
-def info_nce(first: Tensor, second: Tensor, temperature: float = TEMPERATURE) -> Tensor:
+def info_nce(first: Tensor, second: Tensor) -> Tensor:
     """The loss of pairs (B, C) and (B, C): each has to find its other among the 2 B - 1 (NT-Xent)."""
     both = F.normalize(torch.cat((first, second)), dim=1)
-    alike = both @ both.t() / temperature
+    alike = both @ both.t() / TEMPERATURE
     alike.fill_diagonal_(-math.inf)
     count = len(first)
     other = torch.cat((torch.arange(count, 2 * count), torch.arange(count)))

@@ -109,11 +109,6 @@ class Order:
             rows[here] = sequence[here] - (ends[k] - self._counts[order[k]])
         return epochs, shards, rows
 
-    def table_bytes(self) -> int:
-        """Memory the lookup tables take now, in bytes: at most TABLE_BYTES and three epochs' orders of shards."""
-        epochs = sum(order.nbytes + ends.nbytes for order, ends in self._epochs.values())
-        return self._blocks.weight + epochs + self._shards.nbytes + self._counts.nbytes
-
     def places(self, n: int) -> list[tuple[Order, int, int]]:
         """(order of a set, number in it, number of its first shard) for each set that number n stands at: here one."""
         return [(self, n if self.span is None else n % self.span, 0)]

@@ -50,10 +50,6 @@ class Recent:
         if self._drop:
             self._drop(value)
 
-    def values(self) -> list:
-        """What is at hand now, the least recently used first."""
-        return list(self._values.values())
-
     def __len__(self) -> int:
         return len(self._values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from fdscale import UserError
 
@@ -16,15 +16,18 @@ Table = tuple[list[str], Iterator[tuple[int, dict[str, Any]]]]
 
 def read_csv(path: str) -> Table:
     """Columns by commas, or in .tsv by tabs; the first line names them."""
-    file = open(path, encoding="utf-8-sig", newline="")  # noqa: SIM115 - closed when the rows are read
-    reader = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
-    names = list(reader.fieldnames or [])
+
+    def lines(file: TextIO) -> csv.DictReader[str]:
+        return csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
 
     def rows() -> Iterator[tuple[int, dict[str, Any]]]:
-        with file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = lines(file)
             for row in reader:
                 yield reader.line_num, row
 
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        names = list(lines(file).fieldnames or [])
     return names, rows()
 
 

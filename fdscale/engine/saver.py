@@ -154,7 +154,6 @@ class Saver:
         self._stall_s = 0.0
 
     # -- from the loop -------------------------------------------------------------------------------------------------
-    # --------------
 
     def begin(self, step: int, samples: int, more: dict[str, Any] | None = None) -> None:
         """Start to save the present state, after the save before if that is not over.
@@ -226,7 +225,6 @@ class Saver:
             self._stall_s += time.perf_counter() - start
 
     # -- one save, agreed by all ranks ---------------------------------------------------------------------------------
-    # --------------
 
     def _saving(
         self, step: int, state: dict[str, Any], problem: Exception | None
@@ -299,7 +297,6 @@ class Saver:
         return "there is no earlier checkpoint"
 
     # -- what is written -----------------------------------------------------------------------------------------------
-    # --------------
 
     def _describe(self, step: int, samples: int) -> dict[str, Any]:
         """The content of state.json."""

@@ -159,11 +159,6 @@ def _partition(parameter: Any, key: str) -> Tensor:
     return value.detach()
 
 
-def finite(engine: Any) -> bool:
-    """Whether the weights and moments that this rank speaks for are all finite."""
-    return all(bool(value.isfinite().all()) for _, values in read(engine) for value in values.values())
-
-
 def write(engine: Any, fetch: Callable[[Range, str], Tensor], optimizer_step: int) -> None:
     """Overwrite this rank's ranges with fetch(range, key) -> flat float32 tensor, then refresh the working weights."""
     create_moments(engine, optimizer_step)

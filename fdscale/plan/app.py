@@ -30,7 +30,7 @@ def main(
     price: float | None,
     json: bool,
 ) -> int:
-    """`fdscale plan`; ."""
+    """`fdscale plan`."""
     worlds = _worlds(gpus)
     on = machine(gpu, network, gpus_per_node, mfu=mfu, overlap=overlap)
     if price is not None and price < 0:

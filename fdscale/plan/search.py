@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from fdscale import UserError, config
+from fdscale.engine import ds_config
 from fdscale.plan import memory, pace
 from fdscale.plan.machines import Machine
 from fdscale.plan.memory import GIB, Setup
 from fdscale.plan.shapes import Networks, with_policy
 
 LARGE = 0.02  # share of a GPU's memory from which on a teacher is worth sharing out
+TRIED = tuple(f"ds_configs/{name}.json" for name in ("zero1", "zero2", "zero3", "zero3_offload"))
 ALIKE = 1.05  # no estimate here is better than that: of what costs alike, the fewest changes win
 
 
@@ -110,25 +112,8 @@ def _may_share(setup: Setup, networks: Networks, machine: Machine) -> bool:
 
 
 def shipped() -> dict[str, dict[str, Any]]:
-    """The files in ds_configs/ that are tried. tests/test_plan.py sees to it that they are the same."""
-    bf16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
-    second = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": 200_000_000}
-    third = {
-        "overlap_comm": True,
-        "contiguous_gradients": True,
-        "reduce_bucket_size": 50_000_000,
-        "stage3_prefetch_bucket_size": 50_000_000,
-        "stage3_param_persistence_threshold": 100_000,
-        "stage3_max_live_parameters": 1_000_000_000,
-        "stage3_max_reuse_distance": 1_000_000_000,
-    }
-    sections: dict[str, dict[str, Any]] = {
-        "zero1": {"stage": 1, "allgather_bucket_size": 200_000_000},
-        "zero2": {"stage": 2, **second, "allgather_bucket_size": 200_000_000},
-        "zero3": {"stage": 3, **third},
-        "zero3_offload": {"stage": 3, **third, "offload_optimizer": {"device": "cpu", "pin_memory": True}},
-    }
-    return {f"ds_configs/{name}.json": {"zero_optimization": zero, **bf16} for name, zero in sections.items()}
+    """The files in ds_configs/ that are tried."""
+    return {name: ds_config.read(name) for name in TRIED}
 
 
 def changes(before: Setup, after: Setup) -> list[str]:

@@ -20,6 +20,7 @@ from fdscale import UserError, dist
 
 TEMPERATURE = 0.07  # of nearest neighbours, DINO's (arXiv 2104.14294, appendix F)
 CHUNK = 4096  # test features whose neighbours are looked for at a time
+STRENGTH = 1.0  # of few labels against the penalty, scikit-learn's default C
 WARM_UP, MOMENTUM, BASE = 1 / 9, 0.9, 256  # of the epochs; SGD's; batch that a rate is for: MAE's linear probe (A.1)
 
 
@@ -144,13 +145,12 @@ def _accuracies(heads: Heads, features: Features) -> list[float]:
 
 
 def few_shot(
-    train: Features, test: Features, classes: int, shots: Sequence[int], seeds: int, strength: float = 1.0
+    train: Features, test: Features, classes: int, shots: Sequence[int], seeds: int
 ) -> dict[int, dict[str, Any]]:
     """Logistic regression on so many training images of each class, drawn for each seed; accuracies on the test set.
 
-    Channels are brought to mean 0 and deviation 1 over the whole training set; the penalty is scikit-learn's with C =
-    strength. Numbers of shots that some class
-    does not have are left out.
+    Channels are brought to mean 0 and deviation 1 over the whole training set. Numbers of shots that some class does
+    not have are left out.
     """
     counts = train.labels.bincount(minlength=classes)
     there = counts > 0
@@ -163,7 +163,7 @@ def few_shot(
         scores = []
         for seed in range(seeds):
             some = _drawn(train.labels, shot, seed)
-            weight, bias = logistic(known[some], train.labels[some], classes, strength)
+            weight, bias = logistic(known[some], train.labels[some], classes, STRENGTH)
             predicted = (asked @ weight.T + bias).masked_fill(~there, -math.inf).argmax(1)
             scores.append(int((predicted == test.labels).sum()) / len(test.labels))
         mean = sum(scores) / seeds

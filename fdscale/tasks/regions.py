@@ -147,7 +147,7 @@ class Regions(nn.Module):
                 found[f"{name}_{number}"] = stage.weight * loss
             aimed = matched
             if number < len(self.stages) - 1 or (self.masks and self.flows):
-                boxes = self._refined(number, matched, scores, codes, sizes, objects)
+                boxes = self._refined(number, matched, codes, sizes, objects)
             if self.masks and self.flows:  # on boxes that this stage has made better: "interleaved"
                 aimed = self._match(number, boxes, objects, numbers, 2 + 2 * number)
             if self.masks:
@@ -257,7 +257,6 @@ class Regions(nn.Module):
         self,
         stage: int,
         matched: Sequence[Matched],
-        scores: Tensor,
         codes: Tensor,
         sizes: Sequence[tuple[int, int]],
         objects: Sequence[Objects],

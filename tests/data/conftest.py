@@ -69,3 +69,12 @@ def members():
         return found
 
     return of
+
+
+@pytest.fixture
+def shards(tmp_path: Path, pack, members) -> Path:
+    """Three shards of 5, 7 and 4 samples."""
+    folder = tmp_path / "shards"
+    for i, count in enumerate((5, 7, 4)):
+        pack(folder / f"set-{i}.tar", members(count, first=100 * i))
+    return folder

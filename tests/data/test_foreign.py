@@ -68,14 +68,6 @@ def energon(path: Path) -> Path:
     return idx
 
 
-@pytest.fixture
-def shards(tmp_path, pack, members):
-    folder = tmp_path / "shards"
-    for i, count in enumerate((5, 7, 4)):
-        pack(folder / f"set-{i}.tar", members(count, first=100 * i))
-    return folder
-
-
 COUNTS = {"set-0.tar": 5, "set-1.tar": 7, "set-2.tar": 4}
 
 

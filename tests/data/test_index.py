@@ -36,15 +36,6 @@ def by_index(opened):
     ]
 
 
-@pytest.fixture
-def shards(tmp_path, pack, members):
-    """Three shards of 5, 7 and 4 samples."""
-    folder = tmp_path / "shards"
-    for i, count in enumerate((5, 7, 4)):
-        pack(folder / f"set-{i}.tar", members(count, first=100 * i))
-    return folder
-
-
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_samples_are_those_webdataset_reads(tmp_path, pack, members, format, workers):
@@ -242,7 +233,7 @@ def test_few_files_and_tables_stay_open(tmp_path, pack, members):
     assert by_index(opened) == expected
     assert len(opened._files) == 4
     assert opened._columns.weight < 500
-    file = next(iter(opened._files.values()))
+    file = next(iter(opened._files._values.values()))
     del opened
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(file)

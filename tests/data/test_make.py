@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import webdataset
+from packed import contents, read
 from PIL import Image
 
 from fdscale import UserError
@@ -19,20 +19,6 @@ from fdscale.data.listing import Columns
 from fdscale.data.recode import Recoding, recode
 from fdscale.data.shards import make
 from fdscale.data.verify import verify
-
-
-def read(folder: Path) -> dict[str, tuple[str, bytes, int | None]]:
-    """{key: (extension, image bytes, class or None)} by webdataset, in its order."""
-    paths = sorted(str(path) for path in folder.glob("*.tar"))
-    found = {}
-    for sample in webdataset.WebDataset(paths, shardshuffle=False, empty_check=False):
-        (extension,) = (name for name in sample if not name.startswith("__") and name != "cls")
-        found[sample["__key__"]] = (extension, sample[extension], int(sample["cls"]) if "cls" in sample else None)
-    return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def photo(size: tuple[int, int], kind: str = "JPEG", mode: str = "RGB", seed: int = 0, **options) -> bytes:

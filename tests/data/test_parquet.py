@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-import webdataset
+from packed import contents, read
 
 from fdscale import UserError
 from fdscale.data.listing import Columns
@@ -14,20 +13,6 @@ from fdscale.data.shards import make
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
-
-
-def read(folder: Path) -> dict[str, tuple[str, bytes, int | None]]:
-    """{key: (extension, image bytes, class or None)} by webdataset, in its order."""
-    paths = sorted(str(path) for path in folder.glob("*.tar"))
-    found = {}
-    for sample in webdataset.WebDataset(paths, shardshuffle=False, empty_check=False):
-        (extension,) = (name for name in sample if not name.startswith("__") and name != "cls")
-        found[sample["__key__"]] = (extension, sample[extension], int(sample["cls"]) if "cls" in sample else None)
-    return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def hugging_face_schema(names: list[str]) -> pa.Schema:

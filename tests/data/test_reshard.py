@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from packed import contents
 from webdataset.tariterators import base_plus_ext
 
 from fdscale import UserError
@@ -27,10 +28,6 @@ def members_of(folder: Path) -> list[tuple[str, str, str]]:
                 key, extension = base_plus_ext(member.name)
                 found.append((key, extension.lower(), hashlib.sha256(tar.extractfile(member).read()).hexdigest()))
     return found
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-import webdataset
+from packed import contents, read
 from PIL import Image
 
 from fdscale import UserError
@@ -22,20 +22,6 @@ from fdscale.data import shards as shards_module
 from fdscale.data.indexing import index
 from fdscale.data.shards import make
 from fdscale.data.verify import verify
-
-
-def read(folder):
-    """{key: (extension, image bytes, class or None)} by webdataset, in its order."""
-    paths = sorted(str(path) for path in folder.glob("*.tar"))
-    found = {}
-    for sample in webdataset.WebDataset(paths, shardshuffle=False, empty_check=False):
-        (extension,) = (name for name in sample if not name.startswith("__") and name != "cls")
-        found[sample["__key__"]] = (extension, sample[extension], int(sample["cls"]) if "cls" in sample else None)
-    return found
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def table(path, rows):

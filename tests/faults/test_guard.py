@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import sets  # noqa: F401
+from helpers import records
 from test_resume import losses, tensors
 
 from faults.starts import Starts, kill_all
@@ -28,10 +28,6 @@ def fault(kind: str, calls: str, rank: int | None = None) -> dict[str, str]:
 
 def state(run: Path, step: int) -> dict:
     return json.loads((run / "checkpoints" / f"step-{step:08d}" / "state.json").read_text())
-
-
-def records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def equal(one: Path, other: Path, step: int, other_step: int | None = None, world: int = 1) -> None:

@@ -8,10 +8,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from helpers import records
 from test_resume import losses, tensors
 
 from faults.starts import Starts
-from faults.test_guard import TEACHER, records
+from faults.test_guard import TEACHER
 from faults.test_signals import children, wait_for
 from fdscale import runs
 

@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import records
 from test_resume import losses, samples
 
 from faults.conftest import Figures
 from faults.starts import STEPS, Starts
 from faults.test_faults import changes, instants
-from faults.test_guard import TEACHER, equal, records
+from faults.test_guard import TEACHER, equal
 from fdscale import runs
 from fdscale.starts import path_of, read
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, outside, sets
+from helpers import TINY, outside, records, sets
 from test_resume import losses, samples, tensors
 
 from faults.starts import Starts
-from faults.test_guard import TEACHER, records
+from faults.test_guard import TEACHER
 
 pytestmark = [pytest.mark.slow, pytest.mark.faults]
 SLOW = {"FAULT": "slow"}

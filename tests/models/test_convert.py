@@ -190,7 +190,6 @@ def holds(model, wanted: dict[str, Tensor]) -> None:
 
 
 HEAD = filled({"head.weight": (10, 128), "head.bias": (10,)})
-VIT_HEAD = filled({"head.weight": (10, 32), "head.bias": (10,), "fc_norm.weight": (32,), "fc_norm.bias": (32,)})
 TEACHER = filled({"decoder.0.weight": (24, 128, 1), "decoder.0.bias": (24,), "feature_model.visual.proj": (24,)})
 TEACHER |= filled({"feature_model.layers.0.blocks.0.attn.relative_position_bias_table": (729, 4)})
 
