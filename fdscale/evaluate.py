@@ -170,10 +170,12 @@ def names_of_classes(index: Index | Folders) -> list[str]:
     path = Path(index.root) / "classes.json"
     try:
         found = json_module.loads(path.read_text())
-    except (OSError, UnicodeDecodeError):
-        return []  # there is none, or none that is text
-    except ValueError as error:
-        raise UserError(f"{path}: no JSON ({error}); it should be a list of names, or not there") from None
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: is not readable as JSON ({error}); it should be a list of names, or not there"
+        ) from None
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise UserError(f"{path}: expected a list of names, one for each class in order; mend it, or take it away")
     return found

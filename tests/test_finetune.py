@@ -389,7 +389,11 @@ def test_what_cannot_be_is_told_before_the_work(
         assert says in capsys.readouterr().err
     shards = tmp_path / "heldout"
     shutil.copytree(digits / "heldout", shards)
-    for text, says in (("{", "no JSON"), ('{"0": "zero"}', "expected a list of names"), ("[1, 2]", "a list of names")):
+    for text, says in (
+        ("{", "not readable"),
+        ('{"0": "zero"}', "expected a list of names"),
+        ("[1, 2]", "a list of names"),
+    ):
         (shards / "classes.json").write_text(text)
         assert cli.main(["evaluate", str(trained), *sets(f"data.heldout_shards={shards}")]) == 2
         assert says in capsys.readouterr().err
