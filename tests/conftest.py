@@ -6,7 +6,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,9 +16,19 @@ from helpers import TINY, sets
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def lasting_group() -> Iterator[None]:
+    """Commands that are run in this process leave their process group: DeepSpeed keeps the first one's for good."""
+    from fdscale import dist
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "close", lambda: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def process_group() -> None:
-    """A process group of one rank for all tests: DeepSpeed keeps references to the first one for good."""
+    """A process group of one rank, the same for all tests."""
     from fdscale import dist
     from fdscale.engine.initialize import prepare_environment
 
