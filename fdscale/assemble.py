@@ -98,6 +98,18 @@ def build_teacher(settings: config.Config, name: str = "", shapes_only: bool = F
     return teacher
 
 
+def teacher_alone(settings: config.Config, name: str = "") -> Teacher:
+    """The teacher of a recipe, of several the one of this name, on the device; for verbs that look at it itself.
+
+    Raises UserError where the recipe has none such.
+    """
+    known = {name: teacher for name, teacher in config.teachers_of(settings).items() if teacher.source}
+    if name not in known:
+        called = ", ".join(one or "one without a name" for one in known) or "none"
+        raise UserError(f"the recipe has no teacher {name or 'without a name'}: it has {called}")
+    return build_teacher(settings, name).to(dist.device())
+
+
 def let_compute(teacher: Teacher, settings: config.Config) -> None:
     """Give a teacher the kernels and the compiling of the section `memory`. Raises UserError as `build_teacher`."""
     if teacher.is_ours:

@@ -150,7 +150,9 @@ def _diagnose(verbs: argparse._SubParsersAction) -> None:
     _trained(sub, "take a backbone's weights from a file")
     of = "the teacher of a recipe, of several the one of this name"
     sub.add_argument("--teacher", metavar="NAME", nargs="?", const="", help=of)
-    others = "runs or checkpoints to compare with, or `teacher`: that of the first one's recipe"
+    others = (
+        "runs or checkpoints to compare with, or `teacher`: all of the first one's recipe; teacher:NAME: one of them"
+    )
     sub.add_argument("--compare", nargs="+", default=[], metavar="OTHER", help=others)
     count = "of data.heldout_shards, the first so many (default: 256)"
     sub.add_argument("--images", type=int, default=256, metavar="N", help=count)

@@ -273,10 +273,10 @@ def _check_teachers(config: Config, where: str) -> None:
     if config.teachers and config.teacher != Teacher():
         raise UserError(f"{where}: set either teacher, for one, or teachers, for several by name")
     for name in config.teachers:
-        if not re.fullmatch("[a-z][a-z0-9_]{0,31}", str(name)) or str(name).partition("_")[0] == "ema":
+        if not re.fullmatch("[a-z][a-z0-9_]{0,31}", str(name)) or str(name).rpartition("_")[2] == "ema":
             raise UserError(
                 f"{where}: teachers.{name}: a teacher's name must be up to 32 small letters, digits and underscores, "
-                "beginning with a letter, and not ema, which names the average of the weights"
+                "beginning with a letter, and not ending in ema, which names the average of the weights"
             )
 
 

@@ -22,13 +22,13 @@ from fdscale.data import instaboost, objects
 from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.stream import Samples
+from fdscale.durable import write_atomically
 from fdscale.heldout import GoOn, HeldOut
 from fdscale.inputs import heldout_batches, normalise, to_device, training_batches
 from fdscale.keys_detect import Detect
 from fdscale.labelled import Labelled
 from fdscale.run import Run
 from fdscale.segment import colours
-from fdscale.starts import write_atomically
 from fdscale.tasks.average_precision import AveragePrecision, Found, Scores
 from fdscale.tasks.detection import Detections, View, moved, pasted
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json as json_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +25,11 @@ from fdscale.diagnose import heads
 from fdscale.diagnose.attention import Attended, block_outputs, has_attention, watched
 from fdscale.diagnose.features import LayerLikeness, Likeness, Moments
 from fdscale.diagnose.heads import Heads, Look
+from fdscale.durable import as_json, must_be_writable, write_atomically
 from fdscale.engine.initialize import prepare_environment
 from fdscale.inputs import heldout_batches, normalise, open_heldout, to_device
 from fdscale.landscapes import Wanted
 from fdscale.objective import whiten
-from fdscale.starts import must_be_writable, write_atomically
 
 FILES = ("features.jpg", "heads.png", "offsets.png", "average.png", "blocks.png", "landscape.png", "maps.npz")
 SHOWN = 5  # images whose maps are drawn
@@ -93,7 +92,7 @@ def main(
             folder.mkdir(parents=True, exist_ok=True)
             for name in FILES:  # of an earlier diagnosis, which may have had more
                 (folder / name).unlink(missing_ok=True)
-            write_atomically(folder / "diagnosis.json", json_module.dumps(report, indent=1) + "\n")
+            write_atomically(folder / "diagnosis.json", as_json(report, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"{out}: could not be written ({error}); name another with --out") from None
         pictures(subjects, found, together, folder)
@@ -101,7 +100,7 @@ def main(
             from fdscale.diagnose import plots
 
             plots.landscape(around, folder / "landscape.png")
-        print(json_module.dumps(report) if json else f"{for_a_person(report)}\npictures and numbers: {folder}")
+        print(as_json(report) if json else f"{for_a_person(report)}\npictures and numbers: {folder}")
     dist.close()
     return 0
 
@@ -120,18 +119,26 @@ def _subjects(
         first = _student(settings, checkpoint if checkpoint is not None else str(weights), "student")
     others = []
     for one in compare:
-        if one == "teacher":
-            others.append(_teacher(settings, ""))
+        kind, _, called = one.partition(":")
+        if kind == "teacher":
+            names = [called] if called else config.teachers_of(settings)
+            others += [_teacher(settings, name) for name in names]
         else:
             theirs, checkpoint = student.find(one, None, None, ())
             assert checkpoint is not None
             theirs = dataclasses.replace(theirs, data=settings.data)
             others.append(_student(theirs, checkpoint, Path(one).name))
-    names: list[str] = []
-    for subject in (first, *others):
-        same = sum(name.split(" (")[0] == subject.name for name in names)
-        names.append(f"{subject.name} ({same + 1})" if same else subject.name)
-    return settings, [one._replace(name=name) for one, name in zip((first, *others), names, strict=True)]
+    subjects = [first, *others]
+    return settings, [one._replace(name=name) for one, name in zip(subjects, distinct(subjects), strict=True)]
+
+
+def distinct(subjects: Sequence[Subject]) -> list[str]:
+    """Their names, with a number behind those that stand before already."""
+    found: list[str] = []
+    for subject in subjects:
+        same = sum(name.split(" (")[0] == subject.name for name in found)
+        found.append(f"{subject.name} ({same + 1})" if same else subject.name)
+    return found
 
 
 def _student(settings: config.Config, weights: Path | str, name: str) -> Subject:
@@ -151,13 +158,10 @@ def _landscapes(subjects: list[Subject], images: int, wanted: Wanted) -> dict[st
 
 
 def _teacher(settings: config.Config, name: str) -> Subject:
-    known = config.teachers_of(settings)
-    if name not in known or not known[name].source:
-        raise UserError(f"the recipe has no teacher {name!r}: it has {', '.join(filter(None, known)) or 'none'}")
-    teacher = assemble.build_teacher(settings, name).to(dist.device())
+    teacher = assemble.teacher_alone(settings, name)
     size = teacher.image_size or (settings.data.image_size,) * 2
     grid = teacher.grid((settings.data.image_size,) * 2)
-    return Subject(name or "teacher", teacher.network, teacher, len(teacher.prefix), grid, size)
+    return Subject(f"teacher {name}".rstrip(), teacher.network, teacher, len(teacher.prefix), grid, size)
 
 
 @torch.no_grad()

@@ -20,9 +20,12 @@ from fdscale.assemble import (
     train_stream,
     training_target,
 )
-from fdscale.engine import ema, memory, sharding
+from fdscale.data.folders import Folders
+from fdscale.data.index import Index
+from fdscale.engine import memory, sharding
 from fdscale.engine.metrics import Work
-from fdscale.inputs import normalise, open_heldout, to_device
+from fdscale.heldout import GoOn, HeldOut
+from fdscale.inputs import normalise, to_device
 from fdscale.job import run_job
 from fdscale.objective import feature_loss
 from fdscale.phi_s import Moments, rotation
@@ -146,7 +149,8 @@ class Distillation:
 
     def evaluation(self, run: Run, dtype: torch.dtype) -> Callable[[Any], dict[str, Any]]:
         """The held-out loss."""
-        return HeldOut(self.parts, dtype, run)
+        look = HeldOutLoss(self.parts, dtype, run.interrupted)
+        return HeldOut(self.parts.settings, run, look, dict, also=look.losses)
 
 
 @torch.no_grad()
@@ -186,63 +190,45 @@ def learn_phi_s(parts: Parts) -> None:
         projector.phi_s.set(mean, dist.total(matrix))
 
 
-class HeldOut:
+class HeldOutLoss:
     """Held-out loss, beside that of a trivial predictor: the training set's mean token, predicted everywhere.
 
     Of several teachers it is the weighted sum that is trained on, and each one's own losses stand beside it.
+    interrupted: whether to leave off, which all ranks ask together.
     """
 
-    def __init__(self, parts: Parts, dtype: torch.dtype, run: Run):
-        self._parts, self._dtype, self._run = parts, dtype, run
-        self._index = open_heldout(parts.settings.data)
+    def __init__(self, parts: Parts, dtype: torch.dtype, interrupted: Callable[[], bool]):
+        self._parts, self._dtype, self._interrupted = parts, dtype, interrupted
         self._constants: dict[str, Tensor] | None = None  # mean token of each teacher, whitened
+        self._teachers = [f"_{name}" for name in parts.teachers if name]
+        self.losses = tuple(f"heldout_loss{name}" for name in ("", *self._teachers))
 
-    def __call__(self, engine: Any) -> dict[str, Any]:
-        """The record of one evaluation; a collective. Empty where there is no held-out set, or a signal came."""
-        if self._index is None:
-            return {}
-        first = self._constants is None
+    @torch.no_grad()
+    def __call__(self, index: Index | Folders, engine: Any, go_on: GoOn, averaged: bool) -> dict[str, Any] | None:
+        """What `HeldOut` looks for."""
+        parts = self._parts
         if self._constants is None:
             self._constants = self._mean_training_tokens()
         if self._constants is None:
-            return {}
-        record = self._evaluate(engine, first)
-        if record and self._parts.settings.optim.ema is not None:
-            with ema.in_place_of_weights(engine):
-                averaged = self._evaluate(engine, False)
-            of_loss = {key: value for key, value in averaged.items() if key.startswith("heldout_loss")}
-            named = {key.replace("heldout_loss", "heldout_loss_ema", 1): value for key, value in of_loss.items()}
-            record = record | named if averaged else {}
-        return record
-
-    def _evaluate(self, engine: Any, first: bool) -> dict[str, Any]:
-        """The losses of the weights that are in place; empty where a signal came."""
-        parts = self._parts
-        names = [f"_{name}" for name in parts.teachers if name]
-        sums = torch.zeros(3 + 2 * len(names), dtype=torch.float64, device=dist.device())
-        engine.eval()
+            return None
+        sums = torch.zeros(3 + 2 * len(self._teachers), dtype=torch.float64, device=dist.device())
         if parts.cached:  # the teachers are needed here alone, and are on the device only as long
             for teacher in parts.teachers.values():
                 teacher.to(dist.device())
-        with torch.no_grad():
-            assert self._index is not None
-            for batch in heldout_stream(parts, self._index):
-                if self._run.interrupted():
-                    break
-                if first:  # every evaluation loses the same samples
-                    self._run.report_lost(batch["replaced"])
+        try:
+            for batch in heldout_stream(parts, index):
+                if not go_on(batch):
+                    return None
                 sums += self._losses(engine, batch)
-        engine.train()
-        if parts.cached:
-            for teacher in parts.teachers.values():
-                teacher.to("cpu")
-        if self._run.stopped_by:
-            return {}
+        finally:
+            if parts.cached:
+                for teacher in parts.teachers.values():
+                    teacher.to("cpu")
         loss, trivial, count, *more = dist.total(sums).tolist()
         if not count:
             raise UserError(f"no sample of data.heldout_shards ({parts.settings.data.heldout_shards}) can be read")
         record = {"heldout_loss": loss / count, "heldout_trivial": trivial / count, "heldout_samples": int(count)}
-        keys = [f"{kind}{name}" for kind in ("heldout_loss", "heldout_trivial") for name in names]
+        keys = [f"{kind}{name}" for kind in ("heldout_loss", "heldout_trivial") for name in self._teachers]
         return record | {key: value / count for key, value in zip(keys, more, strict=True)}
 
     def _losses(self, engine: Any, batch: dict[str, Any]) -> Tensor:
@@ -276,7 +262,7 @@ class HeldOut:
             for name, teacher in parts.teachers.items()
         }
         for batch in train_stream(parts, 0, wanted):
-            if self._run.interrupted():
+            if self._interrupted():
                 return None
             images = to_device(batch["images"])
             for name, projector in parts.module.projectors.items():

@@ -20,10 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fdscale import UserError, classify, config, detect, dist, segment, student
 from fdscale.data.folders import Folders
 from fdscale.data.index import Index
+from fdscale.durable import as_json, must_be_writable, write_atomically
 from fdscale.engine.initialize import prepare_environment
 from fdscale.inputs import open_heldout
 from fdscale.kernels import check
-from fdscale.starts import must_be_writable, write_atomically
 from fdscale.tasks.labels import read_labels
 from fdscale.watchdog import SLACK, Watchdog
 
@@ -198,7 +198,7 @@ def _pictures(out: Path) -> Path:
 
 def _write(report: dict[str, Any], out: str | None, json: bool) -> None:
     """For rank 0: the file, and what a person or a script reads."""
-    text = json_module.dumps(report, indent=1)
+    text = as_json(report, indent=1)
     if out is not None:
         try:
             Path(out).parent.mkdir(parents=True, exist_ok=True)

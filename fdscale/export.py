@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from fdscale import UserError, __version__, config
+from fdscale.durable import sync, write_atomically
 from fdscale.engine import tensor_file
 from fdscale.engine.contents import Damaged
 from fdscale.engine.reader import Reader
 from fdscale.engine.state import EMA
 from fdscale.models import convert
-from fdscale.run import write_atomically
 from fdscale.student import PREFIX, backbone, build_labelled, find_checkpoint
 
 PROJECTOR = "projector."  # of a distillation, which is not exported
@@ -176,7 +176,7 @@ def replacing(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield new
-        _sync(new)
+        sync(new)
         if target.is_dir() and not target.is_symlink():
             os.replace(target, old)  # a directory cannot be replaced in one go
         try:
@@ -185,7 +185,7 @@ def replacing(target: Path) -> Iterator[Path]:
             if old.is_dir():
                 os.replace(old, target)
             raise
-        _sync(target.parent)  # the rename itself lives in the directory
+        sync(target.parent)  # the rename itself lives in the directory
     except OSError as error:
         raise UserError(f"{target}: could not be written ({error}). Check permissions and free space there.") from error
     finally:
@@ -198,11 +198,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json as json_module
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from fdscale.data.augment import eval_view
 from fdscale.data.folders import Folders, is_folder
 from fdscale.data.index import Index
 from fdscale.data.mixture import Joined
+from fdscale.durable import as_json, must_be_writable, write_atomically
 from fdscale.engine.initialize import prepare_environment
 from fdscale.inputs import heldout_batches, normalise, open_heldout, open_sets, to_device
-from fdscale.starts import must_be_writable, write_atomically
 from fdscale.tasks import probe
 from fdscale.tasks.probe import Features
 
@@ -49,7 +48,7 @@ def main(
         must_be_writable(Path(out))
     report = measure(source, run, weights, set, teacher, pool, kinds or list(KINDS), epochs)
     if dist.rank() == 0:
-        text = json_module.dumps(report, indent=1)
+        text = as_json(report, indent=1)
         if out is not None:
             try:
                 write_atomically(Path(out), text + "\n")
@@ -73,7 +72,8 @@ def measure(
         who = str(found or weights)
     else:
         settings = config.load(source, overrides)
-        tokens, prefix = _teacher(settings, teacher)
+        frozen = assemble.teacher_alone(settings, teacher)
+        tokens, prefix = frozen, frozen.prefix
         who = config.teachers_of(settings)[teacher].source
     if pool == "cls" and "cls" not in prefix:
         raise UserError(f"--pool cls: {who} has no class token; take mean")
@@ -106,14 +106,6 @@ def _student(settings: config.Config, weights: Path | str) -> tuple[Tokens, tupl
     """The backbone of a run's checkpoint, or of a file."""
     network = student.loaded_backbone(settings, weights)
     return lambda images: network(normalise(images, torch.float32)), network.prefix
-
-
-def _teacher(settings: config.Config, name: str) -> tuple[Tokens, tuple[str, ...]]:
-    known = config.teachers_of(settings)
-    if name not in known:
-        raise UserError(f"--teacher {name}: the recipe has {', '.join(filter(None, known)) or 'one, without a name'}")
-    teacher = assemble.build_teacher(settings, name).to(dist.device())
-    return teacher, teacher.prefix
 
 
 def _pooled(tokens: Tokens, prefix: tuple[str, ...], pool: str, images: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 from fdscale import UserError, __version__, runs, starts
+from fdscale.durable import as_json, write_atomically
 from fdscale.svg import Line, Points, chart, standalone
 
 MOST_PICTURE_BYTES = 3 * 2**20  # of all pictures together
@@ -53,7 +54,7 @@ def main(run: str, compare: str | None, pictures: list[str], data: str | None, o
     text = page(path, other, shown)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        starts.write_atomically(target, text)
+        write_atomically(target, text)
     except OSError as error:
         raise UserError(f"{target}: could not be written ({error}); name another with --out") from None
     if data is not None:
@@ -69,7 +70,7 @@ def page(run: Path, other: Path | None, pictures: list[Path]) -> str:
     """The whole page."""
     about = runs.survey([run])[0]
     records = [starts.read(starts.path_of(run, number)) for number in starts.numbers(run)]
-    name = f"{run.resolve().name}{f' beside {other.resolve().name}' if other else ''}"
+    name = " beside ".join(names(run, other))
     sections = [
         ("curves", "Curves", _curves(run, other, records)),
         ("time", "Where the time went", _time(about)),
@@ -93,6 +94,14 @@ def page(run: Path, other: Path | None, pictures: list[Path]) -> str:
     )
 
 
+def names(run: Path, other: Path | None) -> list[str]:
+    """Of each run the end of its path, as much of it as tells them apart."""
+    known = [one.resolve().parts for one in (run, other) if one is not None]
+    ends = range(1, max(map(len, known)) + 1)
+    last = next((end for end in ends if len({parts[-end:] for parts in known}) == len(known)), 1)
+    return ["/".join(parts[-last:]) for parts in known]
+
+
 def _cards(about: dict[str, Any]) -> str:
     """The run in a few numbers."""
     steps = f"{about['step']} of {about['steps'] or '?'}"
@@ -110,7 +119,7 @@ def _cards(about: dict[str, Any]) -> str:
 
 def _curves(run: Path, other: Path | None, records: list[dict[str, Any]]) -> str:
     """A chart for every line of CURVES, and of each loss that the task has besides."""
-    sets = [("", read_metrics(run))] + ([(f" of {other.name}", read_metrics(other))] if other else [])
+    sets = [("", read_metrics(run))] + ([(f" of {names(run, other)[1]}", read_metrics(other))] if other else [])
     marks = [record["from_step"] for record in records[1:] if isinstance(record.get("from_step"), int)]
     parts = sorted({key for _, rows in sets for row in rows for key in row if key.startswith("loss_")})
     wanted = [*CURVES, *(((key,), key.replace("_", " ").capitalize(), "") for key in parts)]
@@ -211,18 +220,21 @@ def write_data(run: Path, other: Path | None, text: str, folder: Path) -> None:
     rows = io.StringIO()
     writer = csv.writer(rows, lineterminator="\n")
     writer.writerow(("run", "step", "key", "value"))
-    for one in known:
+    for name, one in zip(names(run, other), known, strict=True):
         for record in read_metrics(one):
             writer.writerows(
-                (one.name, record["step"], key, value)
+                (name, record["step"], key, value)
                 for key, value in record.items()
                 if key != "step" and isinstance(value, (int, float, str)) and not isinstance(value, bool)
             )
-    starts.write_atomically(folder / "curves.csv", rows.getvalue())
-    about = [{"name": one.name, "config": read_config(one), **runs.survey([one])[0]} for one in known]
-    starts.write_atomically(folder / "report.json", json_module.dumps(about, indent=1, default=str) + "\n")
+    write_atomically(folder / "curves.csv", rows.getvalue())
+    about = [
+        {"name": name, "config": read_config(one), **runs.survey([one])[0]}
+        for name, one in zip(names(run, other), known, strict=True)
+    ]
+    write_atomically(folder / "report.json", as_json(about, indent=1) + "\n")
     for name, drawing in standalone(text, (resources.files("fdscale") / "report.css").read_text()):
-        starts.write_atomically(folder / f"{name}.svg", drawing)
+        write_atomically(folder / f"{name}.svg", drawing)
 
 
 def _pictures(folders: list[Path]) -> str:
@@ -263,7 +275,7 @@ def _settings(run: Path, other: Path | None) -> str:
     theirs = dict(flat(read_config(other)))
     keys = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
     rows = [(key, ours.get(key, "-"), theirs.get(key, "-")) for key in keys]
-    return table(("key", run.name, other.name), rows) if rows else "<p>The same in both.</p>"
+    return table(("key", *names(run, other)), rows) if rows else "<p>The same in both.</p>"
 
 
 def read_config(run: Path) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fdscale import UserError, config, dist, starts
+from fdscale.durable import write_atomically
 from fdscale.signals import Stop
 from fdscale.sinks import JsonLines, TensorBoard, Wandb, line_of, open_lines
-from fdscale.starts import write_atomically
 from fdscale.watchdog import SLACK, Watchdog
 
 TOLD = ("stop", "fenced", "lost", "written", "judged", "loss", "skipped", "void")  # what ranks tell at every step

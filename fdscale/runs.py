@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fdscale import UserError, starts
+from fdscale.durable import as_json
 
 WIDE = 140  # columns of a terminal from which on there is room for where the time went
 DEPTH = 4  # levels of directories below a given one that are looked through
@@ -39,7 +40,7 @@ def main(directories: list[str], json: bool, ranks: bool = False) -> int:
     found = [run for directory in directories for run in find(Path(directory))]
     rows = [{"run": str(run), "ranks": read_ranks(run)} for run in found] if ranks else survey(found)
     if json:
-        print(json_module.dumps(rows, indent=1))
+        print(as_json(rows, indent=1))
     elif rows and ranks:
         for row in rows:
             _print_ranks(**row)

@@ -5,14 +5,12 @@ Each sink has write(record) and close().
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import secrets
 from pathlib import Path
 from typing import Any, TextIO
 
-from fdscale.starts import write_atomically
+from fdscale.durable import as_json, write_atomically
 
 LINE = (
     ("loss", "loss {:.4f}"),
@@ -51,11 +49,7 @@ class JsonLines:
         self._file = open_lines(path)
 
     def write(self, values: dict[str, Any]) -> None:
-        finite = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
+        self._file.write(as_json(values) + "\n")
 
     def close(self) -> None:
         self._file.close()

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from fdscale import UserError
+from fdscale.durable import write, write_atomically
 
 BEAT_S = 5.0  # between two signs of life
 SILENT_BEATS = 3  # so many without a sign, and the owner counts as dead
@@ -39,40 +40,6 @@ class Fenced(UserError):
     """Another start has taken the run over; what this one wanted to write was not written."""
 
     exit_code = 76
-
-
-def write_atomically(path: Path, text: str, durable: bool = True) -> None:
-    """Replace a small text file so that a reader or a crash sees the old one or the new one, never a part.
-
-    durable: also through a power cut.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write(temporary, text, durable)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-
-
-def must_be_writable(path: Path) -> None:
-    """Make the folders above a file that is written when hours of work have been done. Raises UserError where it could
-    not be."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path} could not be written ({error}): name another file") from None
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UserError(f"{path} could not be written: expected a file in a folder that can be written to")
-
-
-def _write(path: Path, text: str, durable: bool = True) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,7 +353,7 @@ def _take(directory: Path, number: int, mine: dict[str, Any], clock: Clock) -> S
     path = path_of(directory, number)
     draft = path.with_name(f".{record['token']}.tmp")
     try:
-        _write(draft, json.dumps(record | _now(clock)))
+        write(draft, json.dumps(record | _now(clock)))
         try:
             os.link(draft, path)  # whole from the first moment, and one process alone can do it, also over NFS
         except FileExistsError:

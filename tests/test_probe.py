@@ -61,7 +61,7 @@ def test_a_teacher_and_what_is_refused(digits: Path) -> None:
         measure("demo", None, "no.safetensors", own, "", "cls", ["knn"], 1)
     for overrides, teacher, pool, message in (
         ([*OWN], "", "mean", "needs two labelled sets"),
-        (own, "dino", "mean", "--teacher dino: the recipe has one, without a name"),
+        (own, "dino", "mean", "the recipe has no teacher dino: it has one without a name"),
         ([*own, "teacher.source=timm:tf_efficientnet_lite0", "teacher.args={}"], "", "cls", "has no class token"),
     ):
         with pytest.raises(UserError, match=message):

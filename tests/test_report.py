@@ -147,6 +147,17 @@ def test_what_a_page_shows_is_there_as_files(run: Path, tmp_path: Path) -> None:
         assert root.find("{http://www.w3.org/2000/svg}title").text
 
 
+def test_runs_whose_folders_have_one_name_are_told_apart(tmp_path: Path) -> None:
+    one, other, folder = write_run(tmp_path / "a/run"), write_run(tmp_path / "b/run"), tmp_path / "data"
+    assert cli.main(["report", str(one), "--compare", str(other), "--data", str(folder)]) == 0
+    rows = list(csv.reader((folder / "curves.csv").open()))[1:]
+    assert {row[0] for row in rows} == {"a/run", "b/run"}
+    assert [about["name"] for about in json.loads((folder / "report.json").read_text())] == ["a/run", "b/run"]
+    text = parsed((one / "report.html").read_text()).text
+    assert "a/run beside b/run" in text
+    assert "loss of b/run" in text
+
+
 def test_a_diagnosis_is_shown_as_a_table(run: Path, tmp_path: Path) -> None:
     block = {"distance_px": [3.0, 9.5], "similarity": math.nan, "diagonality": [0.25, 0.75], "columns": [0.5]}
     (tmp_path / "found").mkdir()

@@ -18,6 +18,7 @@ import pytest
 from helpers import outside
 
 from fdscale import UserError, config, starts
+from fdscale.durable import write_atomically
 from fdscale.run import Run
 
 pytestmark = pytest.mark.slow  # signs of life are waited for
@@ -184,7 +185,7 @@ def test_a_stranger_that_beats_is_refused_whatever_the_clock_says(tmp_path: Path
         beats = 0
         while not stop.wait(0.1):
             beats += 1
-            starts.write_atomically(path, path.read_text().replace('"beats": 0', f'"beats": {beats % 2}'))
+            write_atomically(path, path.read_text().replace('"beats": 0', f'"beats": {beats % 2}'))
             os.utime(path, (odd_clock, odd_clock))
 
     thread = threading.Thread(target=live)
@@ -290,15 +291,3 @@ def test_an_error_behind_a_takeover_is_the_takeover(tmp_path: Path) -> None:
 
     with pytest.raises(starts.Fenced):
         Run(tmp_path, config.load("demo", [])).own(work)
-
-
-def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "record.json"
-    starts.write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        starts.write_atomically(path, "\udcff")
-    (tmp_path / "folder").mkdir()
-    with pytest.raises(IsADirectoryError):
-        starts.write_atomically(tmp_path / "folder", "new")
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["folder", "record.json"]
-    assert path.read_text() == "old"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from fdscale import UserError
 from fdscale.claim import summary
 from fdscale.claim.data import DEFAULT
 from fdscale.claim.experiment import Experiment
+from fdscale.durable import as_json
 
 
 def main() -> int:
@@ -31,7 +31,7 @@ def main() -> int:
     except UserError as error:
         print(f"fdscale: {error}", file=sys.stderr)
         return 2
-    (arguments.out / "claim.json").write_text(json.dumps({**results, **summary.summarise(results)}, indent=1) + "\n")
+    (arguments.out / "claim.json").write_text(as_json({**results, **summary.summarise(results)}, indent=1) + "\n")
     text = summary.table(results)
     (arguments.out / "claim.md").write_text(text)
     summary.plot(results, arguments.out / "claim.png")

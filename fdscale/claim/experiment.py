@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fdscale import UserError
 from fdscale.claim import contrastive, data
-from fdscale.starts import write_atomically
+from fdscale.durable import write_atomically
 
 STARTS = {
     "random": "random weights",

@@ -36,7 +36,7 @@ from fdscale.data.features import (
     read_plan,
     written,
 )
-from fdscale.data.files import write_atomically
+from fdscale.durable import sync, write_atomically
 
 
 def begin(folder: str, wanted: Plan) -> Plan:
@@ -68,7 +68,7 @@ def begin(folder: str, wanted: Plan) -> Plan:
         if different:
             raise UserError(f"{folder} holds the features of another run: {'; '.join(different)}; name another --out")
         for name in names:
-            if name.startswith(".features-") or name.endswith(".part"):
+            if name.startswith(".features-") or name.endswith(".tmp"):
                 _remove_unless_held(os.path.join(folder, name))
     except OSError as error:
         raise UserError(
@@ -117,7 +117,7 @@ def write_file(folder: str, plan: Plan, file: int, records: Iterable[np.ndarray]
         finally:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
-        _sync_folder(folder)
+        sync(folder)
         _write_entry(folder, file, {"bytes": size, "sha256": digest.hexdigest()})
     except OSError as error:
         raise UserError(
@@ -152,7 +152,7 @@ def finish(folder: str, plan: Plan) -> bool:
         raise
     manifest = {"format": FORMAT, "cache": plan.digest(), "files": entries}
     write_atomically(os.path.join(folder, "manifest.json"), json.dumps(manifest).encode())
-    _sync_folder(folder)
+    sync(folder)
     for file in range(plan.files):
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(folder, f"{name_of(file)}.json"))
@@ -195,11 +195,3 @@ def _remove_unless_held(path: str) -> None:
     with contextlib.suppress(OSError), open(path, "rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.unlink(path)
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

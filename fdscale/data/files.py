@@ -1,4 +1,4 @@
-"""Which shards are meant by a pattern, and writing files whole or not at all."""
+"""Which shards are meant by a pattern, and where what is written about them goes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import glob
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from itertools import pairwise
 
@@ -110,23 +109,6 @@ def prepare_folder(folder: str, option: str) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder}: cannot write there ({error.strerror}); name another place ({option} DIR)") from None
-
-
-def write_atomically(path: str, data: bytes | Iterable[bytes]) -> None:
-    """Write a file so that it is there whole or not at all, whatever interrupts."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".", suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 def parts_of(pattern: Shards) -> list[str]:

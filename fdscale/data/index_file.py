@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fdscale import UserError
-from fdscale.data.files import natural, write_atomically
+from fdscale.data.files import natural
 from fdscale.data.tar import Layout, Problem
+from fdscale.durable import write_atomically
 
 VERSION = 1
 MOST_SIDECAR_BYTES = 4 * 2**30  # uncompressed: more than a shard of tar.MOST_MEMBERS takes
@@ -142,7 +143,8 @@ def save_sidecar(path: str, layout: Layout, stamp: Stamp, left_out: list[Problem
         arrays["left_out"] = np.frombuffer(text.encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_atomically(path, [buffer.getvalue()])
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    write_atomically(path, buffer.getvalue())
 
 
 def load_sidecar(path: str, stamp: Stamp | None = None, total: int | None = None) -> Layout | None:

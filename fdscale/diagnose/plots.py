@@ -39,15 +39,15 @@ def project(tokens: np.ndarray, basis: Basis) -> np.ndarray:
 
 # Okabe and Ito's palette, told apart by colour-blind eyes; teachers and students have the same in all figures.
 TEACHER, STUDENT = "#0072B2", "#D55E00"
+TEACHERS = (TEACHER, "#56B4E9", "#000000")
 OTHERS = (STUDENT, "#009E73", "#CC79A7", "#666666")
 
 
 def looks_of(names: Sequence[str]) -> list[tuple[str, str]]:
-    """(colour, marker) of each network by its name: a teacher has the teacher's wherever it stands."""
-    found, others = [], itertools.cycle(zip(OTHERS, "oD^v", strict=True))
-    for name in names:
-        found.append((TEACHER, "s") if name.startswith("teacher") else next(others))
-    return found
+    """(colour, marker) of each network: one whose name begins with "teacher" has a teacher's wherever it stands."""
+    teachers = itertools.cycle(zip(TEACHERS, "sPX", strict=True))
+    others = itertools.cycle(zip(OTHERS, "oD^v", strict=True))
+    return [next(teachers if name.startswith("teacher") else others) for name in names]
 
 
 def dots(rows: Sequence[tuple[str, Sequence[float], float, float, bool]], title: str, axis: str, path: Path) -> None:

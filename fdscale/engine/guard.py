@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fdscale import UserError, keys
-from fdscale.starts import write_atomically
+from fdscale.durable import write_atomically
 
 LEAST = 10  # losses that make a median; with fewer, or less than a window of this size, there is no spike
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fdscale import UserError, dist
+from fdscale.durable import sync, write
 from fdscale.engine.checkpoint import committed, read_state, step_of
 from fdscale.starts import Fenced
 
@@ -60,7 +61,7 @@ class Room:
         pointer = self.path / "latest"
         with self.fenced_if_gone():
             for newest in committed(self.folder)[:1]:
-                write_durably(pointer, newest.name + "\n")
+                write(pointer, newest.name + "\n")
                 os.replace(pointer, self.folder / "latest")
 
     def discard(self, checkpoint: Path) -> None:
@@ -158,20 +159,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a small file and sync it."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """Make what is in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

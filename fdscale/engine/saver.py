@@ -27,11 +27,12 @@ import torch
 from torch import Tensor
 
 from fdscale import UserError, __version__, config, dist
+from fdscale.durable import write
 from fdscale.engine import state as local
 from fdscale.engine import tensor_file
 from fdscale.engine.checkpoint import committed, name_of
 from fdscale.engine.contents import FORMAT
-from fdscale.engine.room import Fenced, Room, write_durably
+from fdscale.engine.room import Fenced, Room
 from fdscale.run import Run
 
 
@@ -332,7 +333,7 @@ class Saver:
         try:
             with self.room.fenced_if_gone():
                 draft, text = self.room.draft(name), json.dumps(state)
-                write_durably(draft / "state.json", text)
+                write(draft / "state.json", text)
                 content = text.encode()
                 described = {
                     "name": "state.json",
@@ -347,7 +348,7 @@ class Saver:
                     "identity": config.digest(state["identity"]),
                     "versions": {"fdscale": __version__, "torch": torch.__version__, "deepspeed": deepspeed_version()},
                 }
-                write_durably(draft / "manifest.json", json.dumps(manifest, indent=1))
+                write(draft / "manifest.json", json.dumps(manifest, indent=1))
                 self.room.commit(name)
         except BaseException:
             self.room.abandon(name)

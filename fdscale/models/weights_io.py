@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fdscale import UserError
+from fdscale.durable import sync
 
 log = logging.getLogger(__name__)
 
@@ -278,18 +279,10 @@ def save(state_dict: Mapping[str, Tensor], path: str | os.PathLike, metadata: Ma
         path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().contiguous() for name, tensor in state_dict.items()}
         save_file(tensors, temporary, metadata=dict(metadata))
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, path)
-        _sync(path.parent)  # the rename itself lives in the directory
+        sync(path.parent)  # the rename itself lives in the directory
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: could not be written ({error}). Check permissions and free space there.") from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

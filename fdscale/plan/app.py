@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json as json_module
 from typing import Any
 
 from fdscale import UserError, config
+from fdscale.durable import as_json
 from fdscale.engine import ds_config
 from fdscale.inputs import open_inputs
 from fdscale.plan import report, search
@@ -51,7 +51,7 @@ def main(
                 "changes": search.changes(found[0].setup, best.setup),
                 **report.numbers(best, on, price),
             }
-        print(json_module.dumps(record, indent=1))
+        print(as_json(record, indent=1))
         return 0
     print(report.text(found[0], on, price, f"{recipe} with {ds or 'no ds_config'}"))
     if len(found) > 1:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from fdscale import UserError, __version__, config, student
+from fdscale.durable import as_json, write_atomically
 from fdscale.engine import ds_config
 from fdscale.inputs import open_sets
 from fdscale.plan import search
 from fdscale.plan.machines import GPUS, Machine, machine
-from fdscale.starts import write_atomically
 from fdscale.tune import space, trial
 from fdscale.tune.space import Candidate, Choice
 
@@ -184,7 +184,7 @@ class Study:
         done = f"{step_s:.3f} s per step, {found.get('mem_gib', 0):.2f} GiB"
         _say(f"{found['state']}: {found['why']}\n" if "why" in found else f"{done}\n")
         planned = {"planned_s": candidate.planned_s, "planned_gib": candidate.planned_gib}
-        text = json_module.dumps({**choice._asdict(), **planned, **found})
+        text = as_json({**choice._asdict(), **planned, **found})
         write_atomically(self._path, f"{self._path.read_text()}{text}\n")
         self._take(json_module.loads(text))
 
@@ -221,7 +221,7 @@ class Study:
             write_atomically(self.folder / "recipe.yaml", config.dump(tuned))
             write_atomically(self.folder / "ds_config.json", json_module.dumps(self._ds[best["ds"]], indent=2) + "\n")
         if json:
-            print(json_module.dumps({"best": best, "own_step_s": own, "trials": rows}, indent=1))
+            print(as_json({"best": best, "own_step_s": own, "trials": rows}, indent=1))
         else:
             print(f"\n{table}")
             print(self._advice(best, own))

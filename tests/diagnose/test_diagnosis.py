@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from helpers import run_cli, sets
 from PIL import Image
 
@@ -94,13 +95,42 @@ def test_a_network_without_attention_has_features_alone(
     assert report["subjects"][0]["features"]["whitened"]["effective_rank"] > 1
     for words, says in (
         (["demo", "--teacher", "--weights", "no.safetensors"], "--teacher is the recipe's own"),
-        (["demo", "--teacher", "other", "--out", str(out)], "the recipe has no teacher 'other'"),
+        (
+            ["demo", "--teacher", "other", "--out", str(out)],
+            "the recipe has no teacher other: it has one without a name",
+        ),
         (["demo", "--out", str(out)], "say whose weights"),
         (["demo", "--teacher", "--images", "0", "--out", str(out)], "--images must be at least 1"),
         (["demo", "--teacher", "--out", str(out), "--set", "teacher.weights=random"], "data.heldout_shards is not set"),
     ):
         assert cli.main(["diagnose", *words]) == 2
         assert says in capsys.readouterr().err
+
+
+def test_several_teachers_are_compared_by_name(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = {"source": "timm:vit_tiny_patch16_224", "weights": "random", "feature": "last", "resample": "area"}
+    tiny["args"] = {"img_size": 64, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    data = {"image_size": 64, "heldout_shards": str(shards)}
+    tree = {"teachers": {"dino": tiny, "clip": tiny}, "data": data, "schedule": {"steps": 1}}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(tree))
+    words = [
+        "diagnose",
+        str(tmp_path / "two.yaml"),
+        "--images",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+        "--teacher",
+        "dino",
+    ]
+    for compare, names in (("teacher:clip", ["dino", "clip"]), ("teacher", ["dino", "clip", "dino (2)"])):
+        assert cli.main([*words, "--compare", compare]) == 0
+        report = json.loads((tmp_path / "out/diagnosis.json").read_text())
+        assert [subject["name"] for subject in report["subjects"]] == [f"teacher {name}" for name in names]
+    assert cli.main([*words, "--compare", "teacher:sam"]) == 2
+    assert "the recipe has no teacher sam: it has clip, dino" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
