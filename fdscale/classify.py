@@ -21,6 +21,7 @@ from fdscale.data.augment import eval_view
 from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.data.mixing import Mixing, erase, mixed_images, mixed_targets
+from fdscale.data.mixture import Joined
 from fdscale.data.randaugment import RandAugment
 from fdscale.heldout import GoOn, HeldOut
 from fdscale.inputs import (
@@ -28,6 +29,7 @@ from fdscale.inputs import (
     MEAN,
     STD,
     heldout_batches,
+    names_of_classes,
     normalise,
     to_device,
     training_batches,
@@ -45,6 +47,13 @@ class Classification(Labelled):
     def __init__(self, settings: config.Config, world: int):
         super().__init__(settings, world)
         self._classify = settings.classify
+        index = self.inputs.index
+        named = 0 if isinstance(index, Joined) else len(names_of_classes(index))
+        if named > (settings.classify.classes or 0):
+            raise UserError(
+                f"the classes.json of data.shards names {named} classes, and classify.classes is "
+                f"{settings.classify.classes}: --set classify.classes={named}"
+            )
         self._augment = None
         if settings.classify.randaugment is not None:
             data = settings.data

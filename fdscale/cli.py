@@ -20,7 +20,6 @@ from fdscale.plan import options as plan
 from fdscale.tune import options as tune
 from fdscale.verbs import RAW, only_with, positive, recipe, settings, verb, whole
 
-INTERRUPTED = 130
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo, when another rank is gone
 
 
@@ -305,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("fdscale: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return signals.INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -32,6 +32,7 @@ from fdscale.models import convert
 from fdscale.models.teachers import Teacher
 from fdscale.objective import Distiller, whiten
 from fdscale.student import initial_values
+from fdscale.verbs import exit_code
 
 # Package and file of each photograph; sources and licences are in docs/data.md.
 HELD_OUT = {
@@ -92,12 +93,7 @@ def main() -> int:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe demo"
     )
     arguments = parser.parse_args()
-    try:
-        demo(arguments.out, arguments.first, arguments.set)
-    except UserError as error:
-        print(f"fdscale: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: demo(arguments.out, arguments.first, arguments.set))
 
 
 def demo(out: Path, first: int | None, overrides: list[str]) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fdscale import UserError
 from fdscale.demo import command, make_room
+from fdscale.verbs import exit_code
 
 HELD_OUT_EVERY = 5
 
@@ -32,12 +33,7 @@ def main() -> int:
     override = "override a key of the recipe demo_finetune"
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=override)
     arguments = parser.parse_args()
-    try:
-        demo(arguments.student, arguments.out, arguments.set)
-    except UserError as error:
-        print(f"fdscale: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: demo(arguments.student, arguments.out, arguments.set))
 
 
 def demo(student: Path, out: Path, overrides: list[str]) -> None:

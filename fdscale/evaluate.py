@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json as json_module
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,7 @@ from fdscale.data.folders import Folders
 from fdscale.data.index import Index
 from fdscale.durable import as_json, must_be_writable, write_atomically
 from fdscale.engine.initialize import prepare_environment
-from fdscale.inputs import open_heldout
+from fdscale.inputs import names_of_classes, open_heldout
 from fdscale.kernels import check
 from fdscale.tasks.labels import read_labels
 from fdscale.watchdog import SLACK, Watchdog
@@ -160,25 +159,6 @@ def _with_progress(
     everywhere = {number: one for part in dist.gather(lost) for number, one in part.items()}
     rows = [everywhere[number] for number in sorted(everywhere)]
     return found, [{"shard": one.shard, "key": one.key, "reason": one.reason} for one in rows]
-
-
-def names_of_classes(index: Index | Folders) -> list[str]:
-    """By number, where classes.json lies beside the shards, or of the folders. Raises UserError where it holds others
-    than names."""
-    if isinstance(index, Folders):
-        return index.names
-    path = Path(index.root) / "classes.json"
-    try:
-        found = json_module.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path}: is not readable as JSON ({error}); it should be a list of names, or not there"
-        ) from None
-    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
-        raise UserError(f"{path}: expected a list of names, one for each class in order; mend it, or take it away")
-    return found
 
 
 def _default_out(found: Path | None, averaged: bool, changes: list[str]) -> str | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import json
 from collections.abc import Callable, Generator, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,3 +217,22 @@ def normalise(images: Tensor, dtype: torch.dtype, mean: Statistics = MEAN, std: 
 def _on(device: torch.device, statistics: Statistics) -> Tensor:
     """Statistics on a device, (3, 1, 1); made once, since making them waits for the device."""
     return torch.tensor(statistics, device=device).view(3, 1, 1)
+
+
+def names_of_classes(index: Index | Folders) -> list[str]:
+    """By number, where classes.json lies beside the shards, or of the folders. Raises UserError where it holds others
+    than names."""
+    if isinstance(index, Folders):
+        return index.names
+    path = Path(index.root) / "classes.json"
+    try:
+        found = json.loads(path.read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{path}: is not readable as JSON ({error}); it should be a list of names, or not there"
+        ) from None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise UserError(f"{path}: expected a list of names, one for each class in order; mend it, or take it away")
+    return found

@@ -97,11 +97,11 @@ def make(
             report=passed,
         )
     passed.show(f"{out}/left-out.jsonl")
-    _print_made(made, out, json, passed.count, f"{out}/left-out.jsonl")
     lost = Path(out) / LOST_OBJECTS
-    if lost.exists():
-        count = sum(1 for _ in lost.open())
-        print(f"left out of the others: {count} objects; they are listed in {lost}", file=sys.stderr)
+    objects = sum(1 for _ in lost.open()) if lost.exists() else 0
+    _print_made(made, out, json, passed.count, f"{out}/left-out.jsonl", objects=objects)
+    if objects:
+        print(f"left out of the others: {objects} objects; they are listed in {lost}", file=sys.stderr)
     return 0
 
 
@@ -232,11 +232,17 @@ def _sizes(samples_per_shard: int | None, shard_mib: float | None) -> dict[str, 
 
 
 def _print_made(
-    made: Index, out: str | None, as_json: bool, left_out: int = 0, listed_in: str = "", damaged: int = 0
+    made: Index,
+    out: str | None,
+    as_json: bool,
+    left_out: int = 0,
+    listed_in: str = "",
+    damaged: int = 0,
+    objects: int = 0,
 ) -> None:
     if as_json:
         about = {"samples": made.samples, "shards": len(made.names), "left_out": left_out, "damaged_shards": damaged}
-        _print_json({**about, "index": made.index_dir, "fingerprint": made.fingerprint})
+        _print_json({**about, "left_out_objects": objects, "index": made.index_dir, "fingerprint": made.fingerprint})
         return
     where = f": {out}\nindex: " if out else ", index: "
     print(f"{made.samples} samples in {len(made.names)} shards{where}{made.index_dir}")

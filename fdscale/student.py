@@ -330,8 +330,12 @@ def find(
 
 def read_weights(source: str) -> Weights:
     """The weights in a file or a directory of safetensors, or of a run: those of its newest valid checkpoint."""
-    path = Path(source)
-    return read_checkpoint(find_checkpoint(path)) if is_run(path) else Weights(convert.read(source))
+    if not is_run(Path(source)):
+        return Weights(convert.read(source))
+    found = find_checkpoint(Path(source))
+    if dist.rank() == 0:
+        print(f"weights of {found}", file=sys.stderr)
+    return read_checkpoint(found)
 
 
 def read_checkpoint(found: Path, averaged: bool = False) -> Weights:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fdscale import UserError
+from fdscale.signals import INTERRUPTED
 
 RAW = argparse.RawDescriptionHelpFormatter
 MOST = 1e12  # of a size or of seconds: more than anybody has, and in bytes still a number
@@ -34,6 +36,19 @@ def recipe(sub: argparse.ArgumentParser) -> None:
     """A recipe, and --set."""
     sub.add_argument("recipe", help="name of a shipped recipe (see `fdscale recipes`) or a YAML file")
     settings(sub)
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Do the work of a `python -m fdscale.…`; where it fails, a line says why. Returns the process's exit code."""
+    try:
+        work()
+    except UserError as error:
+        print(f"fdscale: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fdscale: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 def only_with(arguments: dict[str, Any]) -> None:

@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "labelled": {"config", "engine", "inputs", "student"},
     "tasks": {"models", "data", "dist"},
     "diagnose": {"models", "data", "dist", "kernels"},
-    "verbs": set(),
+    "verbs": {"signals"},
     "cli": {"config", "signals", "verbs", *APPS},
     **{
         app: {

@@ -6,11 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from fdscale import UserError
 from fdscale.claim import summary
 from fdscale.claim.data import DEFAULT
 from fdscale.claim.experiment import Experiment
 from fdscale.durable import as_json
+from fdscale.verbs import exit_code
 
 
 def main() -> int:
@@ -26,17 +26,16 @@ def main() -> int:
     quick = "scikit-learn's digits and little of everything: whether it runs, not what is true"
     parser.add_argument("--quick", action="store_true", help=quick)
     arguments = parser.parse_args()
-    try:
-        results = Experiment(arguments.out, arguments.data, arguments.quick).run()
-    except UserError as error:
-        print(f"fdscale: {error}", file=sys.stderr)
-        return 2
+    return exit_code(lambda: _claim(arguments))
+
+
+def _claim(arguments: argparse.Namespace) -> None:
+    results = Experiment(arguments.out, arguments.data, arguments.quick).run()
     (arguments.out / "claim.json").write_text(as_json({**results, **summary.summarise(results)}, indent=1) + "\n")
     text = summary.table(results)
     (arguments.out / "claim.md").write_text(text)
     summary.plot(results, arguments.out / "claim.png")
     print(f"\n{text}\nDone in {results['seconds']:.0f} s. Plot: {arguments.out / 'claim.png'}")
-    return 0
 
 
 if __name__ == "__main__":

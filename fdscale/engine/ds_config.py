@@ -220,9 +220,10 @@ def _check_read(ds: dict[str, Any], path: str) -> None:
             continue
         if unread:
             precision = " in bf16" if of_stage_1 else ""
+            unset = "" if "stage" in ds["zero_optimization"] else ", and zero_optimization.stage is not set"
             raise UserError(
                 f"{path}: zero_optimization.{key} does nothing at stage {stage(ds)}{precision}: DeepSpeed does not "
-                "read it there; remove it"
+                f"read it there{unset}; remove it{', or set the stage' if unset else ''}"
             )
     if ds.get("bf16", {}).get("check_grad_overflow") is False:
         raise UserError(f"{path}: bf16.check_grad_overflow is always on here: an update that is not finite is skipped")

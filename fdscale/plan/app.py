@@ -33,8 +33,6 @@ def main(
     """`fdscale plan`."""
     worlds = _worlds(gpus)
     on = machine(gpu, network, gpus_per_node, mfu=mfu, overlap=overlap)
-    if price is not None and price < 0:
-        raise UserError(f"--price must not be negative, got {price:g}")
     settings = in_steps(config.load(recipe, set), worlds[0], samples)
     networks = Networks(settings)
     told = ds_config.read(ds)

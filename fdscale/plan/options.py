@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fdscale.verbs import recipe, verb
+from fdscale.verbs import positive, recipe, verb
 
 TEXT = "say what a run needs before it runs: memory, time, cost; without a GPU"
 EXAMPLE = (
@@ -33,5 +33,5 @@ def add(verbs: argparse._SubParsersAction) -> None:
     sub.add_argument("--mfu", type=float, metavar="SHARE", help=mfu)
     overlap = "assume that communication hides under this share of the pass it belongs to (default: 0.8)"
     sub.add_argument("--overlap", type=float, metavar="SHARE", help=overlap)
-    sub.add_argument("--price", type=float, metavar="X", help="of a GPU-hour, for the cost of the run")
+    sub.add_argument("--price", type=positive, metavar="X", help="of a GPU-hour, for the cost of the run")
     sub.add_argument("--json", action="store_true", help="print plain data instead: bytes and seconds")

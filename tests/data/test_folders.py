@@ -16,8 +16,7 @@ from fdscale.data.folders import Folders, is_folder
 from fdscale.data.lost import Lost
 from fdscale.data.shards import make
 from fdscale.data.stream import evaluation_batches
-from fdscale.evaluate import names_of_classes
-from fdscale.inputs import open_heldout, open_inputs
+from fdscale.inputs import names_of_classes, open_heldout, open_inputs
 
 
 @pytest.fixture

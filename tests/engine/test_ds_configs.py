@@ -92,7 +92,11 @@ def test_the_readme_explains_every_file_and_every_entry() -> None:
         (zero(2, zero_hpz_partition_size=2), ["zero_hpz_partition_size does nothing at stage 2"]),
         (zero(3, allgather_bucket_size=1), ["allgather_bucket_size does nothing at stage 3"]),
         ({**zero(1, reduce_bucket_size=1), **BF16}, ["reduce_bucket_size does nothing at stage 1 in bf16"]),
-        (zero(0, overlap_comm=True), ["overlap_comm does nothing at stage 0"]),
+        (
+            zero(0, overlap_comm=True),
+            ["overlap_comm does nothing at stage 0: DeepSpeed does not read it there; r"],
+        ),
+        ({"zero_optimization": {"stge": 3}}, ["stge does nothing at stage 0", "zero_optimization.stage is not set"]),
         ({**BF16, **zero(2), "bf16": {"enabled": True, "check_grad_overflow": False}}, ["always on"]),
         ({**BF16, **zero(2), "bf16": {"enabled": True, "immediate_grad_update": True}}, ["at stage 1 alone"]),
         ({**BF16, **zero(2), "bf16": {"enabled": True, "bf16_optimizer_states": True}}, ["bf16.bf16_optimizer_states"]),
