@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # Two processes share the tests, file by file: what a file has trained for its tests is there once.
-SHARED := -n 2 --dist loadfile
+SHARED := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo demo-finetune claim all test quick faults slurm lint format types bench gpu gpu-giant site docs clean help
 

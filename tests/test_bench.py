@@ -59,6 +59,7 @@ def test_bench_workers_measures_every_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bench_loop_runs_through_the_real_loop(tmp_path: Path) -> None:
     done = run_cli("bench", "loop", "--rounds", "2", "--batch", "1", "--threads", "1", "--json", tmp_path / "loop.json")
     assert done.returncode == 0, done.stderr
@@ -190,6 +191,7 @@ def test_bench_fused_measures_every_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_bench_policies_measures_every_policy(tmp_path: Path) -> None:
     done = run_cli("bench", "policies", "--quick", "--threads", "1", "--json", tmp_path / "policies.json")
     assert done.returncode == 0, done.stderr

@@ -118,6 +118,7 @@ def test_an_earlier_demo_is_replaced_and_anything_else_is_left_alone(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_student_goes_on_to_digits(made: tuple[Path, str], tmp_path: Path) -> None:
     """`make demo-finetune` on the short demo's student: from its weights and from none, in a few steps each."""
     few = ("schedule.epochs=null", "schedule.warmup_epochs=null", "schedule.steps=6")

@@ -71,7 +71,11 @@ def tiny_detect(found_things: Path) -> Callable[..., list[str]]:
 
 @pytest.mark.parametrize(
     ("ranks", "stage", "bf16", "kind"),
-    [(1, 0, False, "mask_rcnn"), pytest.param(2, 3, False, "htc", marks=pytest.mark.long), (2, 2, True, "cascade")],
+    [
+        (1, 0, False, "mask_rcnn"),
+        pytest.param(2, 3, False, "htc", marks=pytest.mark.long),
+        pytest.param(2, 2, True, "cascade", marks=pytest.mark.long),
+    ],
 )
 def test_killed_and_resumed_is_bitwise(
     tiny_detect: Callable[..., list[str]],
@@ -101,6 +105,7 @@ def test_killed_and_resumed_is_bitwise(
     assert [row["heldout_samples"] for row in records(whole) if "heldout_samples" in row] == [3, 3, 3]
 
 
+@pytest.mark.long
 def test_other_ranks_and_micro_batches_train_the_same(tiny_detect: Callable[..., list[str]], tmp_path: Path) -> None:
     """Losses are means over images, whatever else is in a micro-batch."""
     found = {}

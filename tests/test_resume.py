@@ -101,10 +101,10 @@ def kill_after_checkpoint(arguments: list[str], run: Path, ranks: int) -> None:
     ("ranks", "stage", "bf16", "more"),
     [
         (1, 0, False, ()),
-        (2, 0, False, ()),
-        (1, 3, False, ("memory.checkpoint=[torch, none]",)),
+        pytest.param(2, 0, False, (), marks=pytest.mark.long),
+        pytest.param(1, 3, False, ("memory.checkpoint=[torch, none]",), marks=pytest.mark.long),
         (2, 3, False, ("memory.checkpoint=[torch, none]", "memory.attention_chunk=[1, 0]")),
-        (2, 2, True, ("memory.checkpoint=[deepspeed]",)),
+        pytest.param(2, 2, True, ("memory.checkpoint=[deepspeed]",), marks=pytest.mark.long),
     ],
     ids=[
         "1-rank-zero0",

@@ -88,7 +88,9 @@ def tiny_segment(ade: Path) -> Callable[..., list[str]]:
 @pytest.mark.parametrize(
     ("ranks", "stage", "bf16"), [(1, 0, False), pytest.param(2, 3, False, marks=pytest.mark.long), (2, 2, True)]
 )
-@pytest.mark.parametrize("head", [(), MASK2FORMER], ids=["upernet", "mask2former"])
+@pytest.mark.parametrize(
+    "head", [pytest.param((), id="upernet"), pytest.param(MASK2FORMER, id="mask2former", marks=pytest.mark.long)]
+)
 def test_killed_and_resumed_is_bitwise(
     tiny_segment: Callable[..., list[str]],
     ade: Path,
@@ -150,6 +152,7 @@ def test_one_image_is_no_batch(tiny_segment: Callable[..., list[str]], tmp_path:
     assert "segment.norm=group" in done.stderr
 
 
+@pytest.mark.long
 def test_other_ranks_and_micro_batches_train_the_same(tiny_segment: Callable[..., list[str]], tmp_path: Path) -> None:
     """Group norm and Mask2Former do not see how a batch is cut; batch-norm sees as many images on 2 ranks x 4 as on 1 x
     8."""

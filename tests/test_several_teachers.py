@@ -100,6 +100,7 @@ def test_each_teachers_loss_is_logged_and_falls(whole: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_student_beats_the_constant_on_both_teachers(two: Path, tmp_path: Path) -> None:
     """On the photographs that it trains on: there is something to learn from each, at once."""
     more = ("schedule.steps=150", "log.heldout_every=150", "data.heldout_samples=null", "save.every=150")
@@ -133,7 +134,7 @@ def test_killed_and_resumed_is_bitwise(two: Path, whole: Path, tmp_path: Path, r
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("ranks", "stage", "bf16"), [(2, 1, False), (1, 2, True)])
+@pytest.mark.parametrize(("ranks", "stage", "bf16"), [(2, 1, False), pytest.param(1, 2, True, marks=pytest.mark.long)])
 def test_other_ranks_and_stages_learn_the_same(
     two: Path, whole: Path, tmp_path: Path, ranks: int, stage: int, bf16: bool
 ) -> None:

@@ -30,7 +30,7 @@ def test_tokens_are_the_same_to_the_last_bit_and_each_rank_holds_a_share(tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.long), 3])
 def test_a_run_is_the_same_to_the_last_bit(
     tiny: Callable[..., list[str]], shards: Path, tmp_path: Path, stage: int
 ) -> None:

@@ -28,7 +28,7 @@ def expected(dtype: torch.dtype) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long), 4])
 def test_first_weights_are_the_same_on_any_number_of_ranks_at_any_stage(ranks: int) -> None:
     found = told_by(HERE / "first_weights.py", ranks=ranks)
     whole, half = expected(torch.float32), expected(torch.bfloat16)

@@ -70,6 +70,7 @@ def test_what_breaks_is_a_result(tmp_path: Path) -> None:
     assert "what you have does not run" in done.stdout
 
 
+@pytest.mark.long
 def test_a_mistake_ends_it_soon(tmp_path: Path) -> None:
     """Before a trial where that is possible, after three otherwise."""
     for words, says in (
