@@ -87,6 +87,7 @@ def test_the_giant_suite_on_a_cpu(tmp_path: Path) -> None:
     assert "## Save and resume" in report
 
 
+@pytest.mark.slow
 def test_a_part_of_the_giant_suite_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(giant, "RECIPE", "no_such_recipe")
     assert giant.main(["--out", str(tmp_path), "--device", "cpu", "--only", "192 px"]) == 1

@@ -202,6 +202,7 @@ def test_the_student_goes_on_without_projectors(whole: Path, two: Path, tmp_path
 # Before it runs
 
 
+@pytest.mark.slow
 def test_the_plan_counts_all_teachers(two: Path) -> None:
     settings = config.in_steps(config.load(str(two)), 100)
     networks = Networks(settings, gpu=False)
@@ -231,6 +232,7 @@ def test_mfu_counts_all_teachers(two: Path) -> None:
     assert distill.Distillation(parts).work().teacher == 2 * sum(macs)
 
 
+@pytest.mark.slow
 def test_errors_name_the_teacher(two: Path) -> None:
     for change, expected in (
         ("teachers.lite1.weights=nowhere.pth", "nowhere.pth"),

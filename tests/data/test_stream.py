@@ -105,6 +105,7 @@ def test_batches_are_the_samples_of_their_numbers(samples, shards):
         assert (one[1:], one.image.numpy().tobytes()) == ((number, shard, key, None, None, None), pixels)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 def test_the_sequence_and_the_pixels_survive_every_change(samples):
     """Seven and a half epochs of the set on changing ranks, workers, batches and micro-batches."""

@@ -157,9 +157,9 @@ def test_a_vits_weights_are_those_that_make_its_output(position: str) -> None:
     ("name", "size", "blocks", "queries"),
     [
         ("vit_tiny_patch16_224", 224, 12, 197),
-        ("beit_base_patch16_224", 224, 12, 197),
+        pytest.param("beit_base_patch16_224", 224, 12, 197, marks=pytest.mark.slow),
         ("deit_tiny_distilled_patch16_224", 224, 12, 198),
-        ("vit_small_patch14_reg4_dinov2", 518, 12, 1374),
+        pytest.param("vit_small_patch14_reg4_dinov2", 518, 12, 1374, marks=pytest.mark.slow),
         ("swin_tiny_patch4_window7_224", 224, 12, 49),
         ("swinv2_tiny_window8_256", 256, 12, 64),
     ],

@@ -127,6 +127,7 @@ def test_no_more_than_a_few_tiles_of_scores_are_alive(monkeypatch):
     assert live.peak > 2 * scores
 
 
+@pytest.mark.slow
 def test_torch_finds_no_fault_with_the_op():
     for dtype in (torch.float32, torch.bfloat16):
         qkv, table, scale = inputs((7, 10), (4, 4), torch.float32)

@@ -174,6 +174,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "more"), KINDS)
 def test_losses_are_means_over_images_and_every_parameter_learns(kind: str, more: dict[str, Any]) -> None:
     """An image alone has the loss that it has among others, also one without objects, after which none is without
@@ -405,6 +406,7 @@ def test_views_are_merged_and_their_masks_averaged() -> None:
         assert torch.allclose(one.masks, sum(means) / 3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_plan_sees_what_training_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device every place for a box is taken; where images fill them all, that is what training keeps."""
     from fdscale.plan.shapes import _measure
