@@ -20,7 +20,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes | Iterable[by
     durable: also through a power cut. Raises OSError. A process that was killed leaves .NAME.*.tmp beside it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".{path.name[:48]}.{secrets.token_hex(8)}.tmp")  # long names have room for no more
     try:
         write(temporary, content, durable)
         os.replace(temporary, path)

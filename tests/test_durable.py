@@ -31,6 +31,7 @@ def test_what_could_not_be_written_leaves_nothing(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     durable.write_atomically(path, _parts(fails=False))
     assert path.read_bytes() == b"newer"
+    durable.write_atomically(tmp_path / ("é" * 127), "a name as long as they may be")
 
 
 def test_json_holds_no_number_that_others_cannot_read() -> None:

@@ -80,6 +80,13 @@ def _builds() -> Path:
     return cache / "torch_extensions" / f"fdscale-{zlib.crc32(environment.encode()):08x}"
 
 
+def _tell_of_build(op: str) -> None:
+    """Say so where DeepSpeed is about to compile an op: that takes a while and prints nothing."""
+    library = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / op / f"{op}.so"
+    if dist.rank() == 0 and not library.exists():
+        print(f"DeepSpeed compiles {op}, once in this environment: half a minute, or some", file=sys.stderr)
+
+
 def build_ops(ds: dict[str, Any]) -> list[str]:
     """Compile now, unless it is there, what DeepSpeed would at first use under this ds_config; what that was."""
     prepare_environment(offloaded(ds))
@@ -141,6 +148,8 @@ def initialize(
     parameters = dict(module.named_parameters())
     for group in groups:
         group["params"] = [parameters[name] for name in group["names"]]
+    if offloaded(ds):
+        _tell_of_build("cpu_adam")
     optimizer = adamw(groups, betas, eps, stage=stage(ds), offloaded=offloaded(ds), fused=fused)
     if stage(ds) == 0:
         _clip_or_skip(optimizer, clip_grad)
@@ -156,6 +165,8 @@ def join_deepspeed() -> None:
     """Let DeepSpeed see the process group; its activation checkpointing wants it, too."""
     import deepspeed
 
+    if not torch.cuda.is_available():
+        _tell_of_build("deepspeed_shm_comm")
     with contextlib.redirect_stdout(io.StringIO()):  # it prints the name of the op that it built
         deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
 

@@ -133,3 +133,17 @@ def test_each_environment_keeps_its_own_builds(monkeypatch: pytest.MonkeyPatch) 
         places.append(os.environ["TORCH_EXTENSIONS_DIR"])
     assert len(set(places)) == 3
     assert places[2] == "/elsewhere"
+
+
+def test_what_is_compiled_first_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("deepspeed.init_distributed", lambda **keywords: None)
+    init.join_deepspeed()
+    assert "DeepSpeed compiles deepspeed_shm_comm, once in this environment" in capsys.readouterr().err
+    (tmp_path / "deepspeed_shm_comm").mkdir()
+    (tmp_path / "deepspeed_shm_comm/deepspeed_shm_comm.so").touch()  # where DeepSpeed has always put it
+    init.join_deepspeed()
+    assert capsys.readouterr().err == ""
