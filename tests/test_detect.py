@@ -168,6 +168,7 @@ def test_events_and_pictures_are_written(trained: Path) -> None:
         assert (abs(truth - found).max(-1) < 60).mean() > 0.7
 
 
+@pytest.mark.long
 def test_any_number_of_ranks_counts_the_same(trained: Path, found_things: Path, tmp_path: Path) -> None:
     """To the last bit, with several scales and mirrored; 11 images do not divide by 2 or 3."""
     reports, server = {}, {}

@@ -106,7 +106,7 @@ def test_it_starts_from_a_distilled_run_or_what_was_exported(distilled: Path, tm
         assert 0 < value("head.weight", module.head.weight.shape).abs().max() <= 2e-5
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 3)])
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), pytest.param(2, 3, marks=pytest.mark.long)])
 def test_killed_and_resumed_is_bitwise(
     tiny_finetune: Callable[..., list[str]], distilled: Path, tmp_path: Path, ranks: int, stage: int
 ) -> None:
@@ -122,6 +122,7 @@ def test_killed_and_resumed_is_bitwise(
     assert_same(whole, killed, ranks)
 
 
+@pytest.mark.long
 def test_other_ranks_and_micro_batches_mix_the_same(tiny_finetune: Callable[..., list[str]], tmp_path: Path) -> None:
     """One rank, then two with another micro-batch, then one again: the same samples, and the losses to rounding."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"

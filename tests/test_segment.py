@@ -86,7 +86,12 @@ def tiny_segment(ade: Path) -> Callable[..., list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "stage", "bf16"), [(1, 0, False), pytest.param(2, 3, False, marks=pytest.mark.long), (2, 2, True)]
+    ("ranks", "stage", "bf16"),
+    [
+        (1, 0, False),
+        pytest.param(2, 3, False, marks=pytest.mark.long),
+        pytest.param(2, 2, True, marks=pytest.mark.long),
+    ],
 )
 @pytest.mark.parametrize(
     "head", [pytest.param((), id="upernet"), pytest.param(MASK2FORMER, id="mask2former", marks=pytest.mark.long)]

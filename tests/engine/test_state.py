@@ -55,6 +55,7 @@ def test_state_moves_bitwise_under_every_stage() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_state_moves_bitwise_with_the_optimizer_on_the_host() -> None:
     """DeepSpeed builds its CPU Adam at first use, which takes a minute or two."""
     for result in results(1, "zero3-bf16-offload", "zero3-bf16-offload-all"):

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_states_are_those_of_real_engines(ranks: int) -> None:
     found = told_by(HERE / "states.py", *CASES, ranks=ranks)
     assert [row["case"] for row in found] == list(CASES)

@@ -23,6 +23,7 @@ def rows(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "trials.jsonl").read_text().splitlines()[1:]]
 
 
+@pytest.mark.long
 def test_the_known_best_is_found_and_can_be_trained_with(shards: Path, tmp_path: Path) -> None:
     """Sixteen forwards of one image each take far longer than one of sixteen, whatever else is chosen."""
     out, given = tmp_path / "tuned", sets(*TINY, *BATCH, f"data.shards={shards}")
