@@ -84,7 +84,7 @@ def _tell_of_build(op: str) -> None:
     """Say so where DeepSpeed is about to compile an op: that takes a while and prints nothing."""
     library = Path(os.environ["TORCH_EXTENSIONS_DIR"]) / op / f"{op}.so"
     if dist.rank() == 0 and not library.exists():
-        print(f"DeepSpeed compiles {op}, once in this environment: half a minute, or some", file=sys.stderr)
+        print(f"DeepSpeed compiles {op}, once in this environment, which takes a minute or so", file=sys.stderr)
 
 
 def build_ops(ds: dict[str, Any]) -> list[str]:
