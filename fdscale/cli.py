@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 
 from fdscale import UserError, __version__, signals
-from fdscale import pack_options as shards
 from fdscale.bench import options as bench
 from fdscale.plan import options as plan
+from fdscale.shards import options as shards
 from fdscale.tune import options as tune
 from fdscale.verbs import RAW, only_with, positive, recipe, settings, verb, whole
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "fdscale"
 
 APPS = {
     "assemble", "distill", "finetune", "classify", "segment", "detect", "evaluate", "probe", "diagnosis", "landscapes",
-    "submit", "export", "cache", "catalog", "doctor", "surroundings", "pack", "pack_options", "demo", "demo_finetune",
+    "submit", "export", "cache", "catalog", "doctor", "surroundings", "shards", "demo", "demo_finetune",
     "claim", "bench", "runs", "plan", "tune", "report", "svg",
 }  # fmt: skip
 SHARED = {"inputs", "student", "recovery", "job", "heldout", "labelled"}  # by the apps that train

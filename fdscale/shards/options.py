@@ -52,7 +52,7 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
         "  fdscale shards make list.csv shards/train --samples-per-shard 5000\n"
         "  fdscale shards make ~/imagenet-1k shards/val --split validation --skip-damaged"
     )
-    sub = verb(kinds, "make", "fdscale.pack:make", text, example)
+    sub = verb(kinds, "make", "fdscale.shards.app:make", text, example)
     source = (
         "folder of images (class subfolders give labels), .csv, .tsv, .jsonl or .parquet, Hugging Face folder, or "
         "folder with images/ and their masks in annotations/ (ADEChallengeData2016), or COCO's or Objects365's"
@@ -80,7 +80,7 @@ def _shards_make(kinds: argparse._SubParsersAction) -> None:
 
 def _shards_index(kinds: argparse._SubParsersAction) -> None:
     example = "fdscale shards index '/data/train-{0000..0639}.tar' --index /scratch/train-index"
-    sub = verb(kinds, "index", "fdscale.pack:index", "index existing shards; they are not touched", example)
+    sub = verb(kinds, "index", "fdscale.shards.app:index", "index existing shards; they are not touched", example)
     _given_shards(sub)
     sub.add_argument("--skip-damaged", action="store_true", help="index what is whole and list the rest, not stop")
     idx = "take offsets from DALI's .idx files (v1.2) beside the shards, instead of reading every header"
@@ -96,7 +96,7 @@ def _counts(sub: argparse.ArgumentParser) -> None:
 
 def _shards_verify(kinds: argparse._SubParsersAction) -> None:
     text = "read shards against their index and name every problem; exit code 2 if there is one"
-    sub = verb(kinds, "verify", "fdscale.pack:verify", text, "fdscale shards verify shards/train --decode")
+    sub = verb(kinds, "verify", "fdscale.shards.app:verify", text, "fdscale shards verify shards/train --decode")
     _given_shards(sub)
     sub.add_argument("--decode", action="store_true", help="also decode every image")
     sub.add_argument("--unique-keys", action="store_true", help="also look for keys that several shards hold")
@@ -106,7 +106,7 @@ def _shards_verify(kinds: argparse._SubParsersAction) -> None:
 
 def _shards_stats(kinds: argparse._SubParsersAction) -> None:
     text = "count what is in shards: samples, bytes, members, image sizes, classes"
-    sub = verb(kinds, "stats", "fdscale.pack:stats", text, "fdscale shards stats shards/train")
+    sub = verb(kinds, "stats", "fdscale.shards.app:stats", text, "fdscale shards stats shards/train")
     _given_shards(sub)
     sub.add_argument("--sample", type=whole(0), default=1000, metavar="N", help="images looked into (default: 1000)")
     _common(sub)
@@ -115,7 +115,7 @@ def _shards_stats(kinds: argparse._SubParsersAction) -> None:
 def _shards_reshard(kinds: argparse._SubParsersAction) -> None:
     text = "write the samples of indexed shards into shards of another size"
     example = "fdscale shards reshard '/data/train-{0000..0639}.tar' /data/train-256 --shard-mib 256 --shuffle"
-    sub = verb(kinds, "reshard", "fdscale.pack:reshard", text, example)
+    sub = verb(kinds, "reshard", "fdscale.shards.app:reshard", text, example)
     _given_shards(sub, several=False)
     sub.add_argument("out", help="directory of the new shards; must not exist")
     _shard_sizes(sub)
