@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -75,7 +76,7 @@ TRAIN = {
     "dung_beetle": ("foolbox", "data/imagenet_19_305.jpg"),
 }
 SHOWN = ("china", "coffee", "camera", "astronaut", "chelsea")
-PICTURE_SIZE = 320  # pixels: 40 x 40 tokens at stride 8, where training sees 16 x 16
+PICTURE_SIZE = 320  # pixels: 40 x 40 tokens at stride 8, where training sees 16 x 16; a ViT knows its own size alone
 
 
 def main() -> int:
@@ -201,8 +202,9 @@ def draw(settings: config.Config, out: Path) -> None:
         before, after = student(settings, teacher, None), student(settings, teacher, reader)
     files = {path.stem: path for path in (out / "photos").glob("*/*")}
     photos, maps = [], []
+    size = PICTURE_SIZE if settings.student.model == "swin_v2" else settings.data.image_size
     for name in SHOWN:
-        image = eval_view(files[name].read_bytes(), PICTURE_SIZE, crop_ratio=1.0).float()[None] / 255
+        image = eval_view(files[name].read_bytes(), size, crop_ratio=1.0).float()[None] / 255
         photos.append(image[0].permute(1, 2, 0).numpy())
         with torch.no_grad():
             there = image.to(dist.device())
@@ -236,9 +238,9 @@ def student(settings: config.Config, teacher: Teacher, reader: checkpoint.Reader
 
 
 def square(tokens: Tensor) -> np.ndarray:
-    """(1, L, C) to (side, side, C)."""
-    side = round(tokens.shape[1] ** 0.5)
-    return tokens[0].view(side, side, -1).numpy()
+    """(1, L, C) to (side, side, C); a class token in front is left out."""
+    side = math.isqrt(tokens.shape[1])
+    return tokens[0, -side * side :].view(side, side, -1).numpy()
 
 
 def report(out: Path, seconds: float) -> None:

@@ -97,6 +97,16 @@ def test_picture_is_not_blank(made: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
+def test_another_student_is_drawn_too(tmp_path: Path) -> None:
+    """A ViT gives a class token, and knows one size of images."""
+    vit = ("student.model=vit", "student.args={patch_size: 8, embed_dim: 64, depth: 2, num_heads: 2}")
+    done = run_demo("--out", tmp_path / "demo", *sets(*vit, "schedule.steps=4", "schedule.warmup_steps=1"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo/features.jpg").stat().st_size > 10_000
+
+
+@pytest.mark.slow
 def test_an_earlier_demo_is_replaced_and_anything_else_is_left_alone(tmp_path: Path) -> None:
     from fdscale import UserError
     from fdscale.demo import make_room
