@@ -62,7 +62,7 @@ def main(run: str, compare: str | None, pictures: list[str], data: str | None, o
             write_data(path, other, text, Path(data))
         except OSError as error:
             raise UserError(f"{data}: could not be written ({error}); name another with --data") from None
-    print(f"{target} ({len(text.encode()) / 2**20:.1f} MiB): open it in a browser; it needs no network")
+    print(f"{target} ({len(text.encode()) / 1024:.0f} KiB): open it in a browser; it needs no network")
     return 0
 
 
