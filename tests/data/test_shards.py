@@ -229,6 +229,7 @@ def alive(pid: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 def test_a_killed_make_leaves_no_shards_and_no_workers(image_folder, tmp_path):
     code = (
         "import os, signal, sys, multiprocessing; from fdscale.data.shards import make\n"

@@ -205,6 +205,7 @@ def test_losses_are_means_over_images_and_every_parameter_learns(kind: str, more
     assert set(network.losses) == parts | {"objectness", "proposal_boxes"} | ({"stuff"} if more.get("stuff") else set())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "more"), KINDS)
 def test_every_kind_finds_in_any_precision(kind: str, more: dict[str, Any]) -> None:
     network = sharpened(detector(kind, **more)).eval()
@@ -361,6 +362,7 @@ def test_thinning_keeps_the_surest_of_a_class() -> None:
     assert joined(apart[:1], Thinning()) is apart[0]
 
 
+@pytest.mark.slow
 def test_views_are_merged_and_their_masks_averaged() -> None:
     """Twice the same view says what it says alone; a mirrored one the mirror image; several what a plain loop says."""
     how = Thinning(least_score=0.3)
